@@ -1,0 +1,297 @@
+#!/usr/bin/env python
+"""Train a segmentation model with PALS, from images and masks to a checkpoint for `from_pretrained`.
+
+    accelerate launch examples/run_seg_pals.py --train_fraction 0.5
+
+trains a small SegFormer on built-in street scenes, offline. With your own data and a pretrained backbone:
+
+    accelerate launch examples/run_seg_pals.py --dataset_dir my_data --model_name_or_path nvidia/mit-b0 \
+        --image_size 512 512 --train_fraction 0.1
+
+`my_data` has train/images/NAME.jpg, train/masks/NAME.png, the same for val, and id2label.json. Every flag can come from
+a recipe: `--recipe settings.yaml`; flags on the command line win.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import yaml
+from accelerate.utils import broadcast_object_list
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    BaseImageProcessor,
+    EarlyStoppingCallback,
+    HfArgumentParser,
+    PreTrainedModel,
+    set_seed,
+)
+from transformers.utils import is_matplotlib_available
+
+from pals_hf import PALSConfig, PALSTrainer, load_segmentation_dataset
+from pals_hf.data import EvalTransform, FractionManifest, SegmentationData, TrainTransform, TransformedDataset
+from pals_hf.errors import InputError
+from pals_hf.models import build_image_processor, build_model, predict_mask
+from pals_hf.trainer import is_complete_checkpoint, last_complete_checkpoint
+from pals_hf.visualize import prediction_sheet, training_curves
+
+MANIFEST = "train_fraction.json"
+NUM_PICTURES = 6  # rows of predictions.png
+
+
+@dataclass
+class ScriptArguments:
+    """What to train, and on which images."""
+
+    recipe: str | None = field(default=None, metadata={"help": "YAML or JSON file with any of these flags."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to start from. Default: a small SegFormer from scratch."}
+    )
+    dataset_dir: str | None = field(
+        default=None, metadata={"help": "Folder with train/images, train/masks, maybe val/, and id2label.json."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set on the Hub, or a folder written by save_to_disk."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub data set."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images. Default: the usual names."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the masks. Default: the usual names."})
+    id2label: str | None = field(default=None, metadata={"help": "JSON file of the class names."})
+    void_labels: list[int] = field(default_factory=list, metadata={"help": "Mask values that mean no label; 255 does."})
+    validation_share: float = field(
+        default=0.2, metadata={"help": "Cut off from the training images where there is no validation split."}
+    )
+    train_fraction: float = field(default=1.0, metadata={"help": "Share of the training images to use."})
+    split_seed: int = field(default=0, metadata={"help": "Seed of that share and of a validation cut."})
+    train_manifest: str | None = field(
+        default=None, metadata={"help": f"{MANIFEST} of another run: train on exactly its images."}
+    )
+    image_size: list[int] | None = field(
+        default=None, metadata={"help": "H W: images are resized to it; masks keep their size for scoring."}
+    )
+    crop_size: list[int] | None = field(
+        default=None, metadata={"help": "H W of training crops. Default: the size of the training images."}
+    )
+    num_threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of a process. Default: all cores, shared between processes."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better --metric_for_best_model."}
+    )
+    eval_only: bool = field(default=False, metadata={"help": "Only score --model_name_or_path on the validation split."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the run that --output_dir holds."})
+
+    def __post_init__(self):
+        for name in ("image_size", "crop_size"):
+            size = getattr(self, name)
+            if size is not None and (len(size) != 2 or min(size) < 1):
+                raise InputError(f"{name} must be two positive numbers, height and width, got {size}")
+        if self.eval_only and self.model_name_or_path is None:
+            raise InputError("eval_only scores a checkpoint: give it by model_name_or_path")
+
+
+class OneLineParser(HfArgumentParser):
+    """A parser whose errors are one line, not a page of usage."""
+
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        args, config = parse_arguments(argv)
+        set_threads(args.num_threads)
+        choose_output_dir(args, config)
+        data, manifest = load_data(args)
+        trainer = build_trainer(args, config, data)
+        if not args.eval_only:
+            claim_output_dir(args, config, manifest)
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    if not args.eval_only:
+        train(trainer)
+    report(trainer, data, trainer.evaluate())
+    trainer.end()
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[ScriptArguments, PALSConfig]:
+    parser = OneLineParser(
+        (ScriptArguments, PALSConfig), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(output_dir="")  # stands for a new folder
+    recipe_parser = OneLineParser(ScriptArguments, add_help=False)
+    recipe = recipe_parser.parse_known_args(argv)[0].recipe
+    if recipe is not None:
+        known = {action.dest for action in parser._actions}
+        parser.set_defaults(**read_recipe(Path(recipe), known))
+    try:
+        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"recipe {path} cannot be read: {error}") from error
+    if not isinstance(recipe, dict):
+        raise InputError(f"recipe {path} must hold flags and their values, like `learning_rate: 2e-4`")
+    unknown = sorted(set(recipe) - known)
+    if unknown:
+        raise InputError(f"recipe {path}: there is no flag {', '.join(unknown)}")
+    return recipe
+
+
+def set_threads(num_threads: int | None) -> None:
+    """Use all cores: `accelerate launch` alone leaves each process one thread."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def choose_output_dir(args: ScriptArguments, config: PALSConfig) -> None:
+    """Settle where the run goes and what it resumes, without writing anything yet."""
+    resume = config.resume_from_checkpoint
+    if not config.output_dir and resume not in (None, "last"):
+        config.output_dir = str(Path(resume).parent)
+    if not config.output_dir:
+        what = "eval" if args.eval_only else f"{config.loss}-{args.train_fraction:g}"
+        name = [f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{what}"]
+        config.output_dir = broadcast_object_list(name)[0]
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {folder} is a file")
+    if resume is not None:
+        checkpoint = last_complete_checkpoint(folder) if resume == "last" else Path(resume)
+        if checkpoint is None or not is_complete_checkpoint(checkpoint):
+            raise InputError(f"resume_from_checkpoint {resume}: no complete checkpoint at {checkpoint or folder}")
+        config.resume_from_checkpoint = str(checkpoint)
+    elif files_of_a_run(folder) and not args.overwrite:
+        raise InputError(f"output_dir {folder} already holds a run: use --overwrite, --resume_from_checkpoint or another")
+
+
+def files_of_a_run(folder: Path) -> list[Path]:
+    patterns = ("checkpoint-*", "model*.safetensors", "*_results.json", "trainer_state.json", MANIFEST)
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def load_data(args: ScriptArguments) -> tuple[SegmentationData, FractionManifest]:
+    """The data set with its training split cut down to the fraction, and the record of that."""
+    if not is_main_process():
+        datasets.disable_progress_bars()
+    data = load_segmentation_dataset(
+        args.dataset_name,
+        dataset_dir=args.dataset_dir,
+        dataset_config=args.dataset_config,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        id2label=args.id2label,
+        void_labels=args.void_labels,
+        validation_share=args.validation_share,
+        validation_seed=args.split_seed,
+    )
+    if args.train_manifest is not None:
+        manifest = FractionManifest.load(args.train_manifest)
+    else:
+        manifest = FractionManifest.draw(data.train, args.train_fraction, args.split_seed)
+    return replace(data, train=manifest.select(data.train)), manifest
+
+
+def build_trainer(args: ScriptArguments, config: PALSConfig, data: SegmentationData) -> PALSTrainer:
+    set_seed(config.seed)  # a new head is the same for every loss
+    if args.eval_only:
+        model, processor = load_finished(args, data)
+    else:
+        model = build_model(args.model_name_or_path, data.id2label)
+        processor = build_image_processor(args.model_name_or_path, args.image_size)
+    callbacks = []
+    if args.early_stopping_patience is not None:
+        if not config.load_best_model_at_end:
+            raise InputError("early_stopping_patience needs --load_best_model_at_end True")
+        callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+    first = data.train[0]["image"]
+    crop_size = args.crop_size or args.image_size or (first.height, first.width)
+    return PALSTrainer(
+        model,
+        config,
+        train_dataset=TransformedDataset(data.train, TrainTransform(processor, crop_size), seed=config.seed),
+        eval_dataset=TransformedDataset(data.validation, EvalTransform(processor)),
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+
+
+def load_finished(args: ScriptArguments, data: SegmentationData) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """A trained model exactly as `from_pretrained` gives it to its users."""
+    try:
+        model = AutoModelForSemanticSegmentation.from_pretrained(args.model_name_or_path)
+        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load {args.model_name_or_path!r}: {str(error).splitlines()[0]}") from error
+    if model.config.num_labels != len(data.id2label):
+        raise InputError(
+            f"{args.model_name_or_path} knows {model.config.num_labels} classes, the data set {len(data.id2label)}"
+        )
+    return model, processor
+
+
+def claim_output_dir(args: ScriptArguments, config: PALSConfig, manifest: FractionManifest) -> None:
+    """Make the folder this run's own. All input has been checked by now."""
+    folder = Path(config.output_dir)
+    if config.resume_from_checkpoint is not None:
+        if (folder / MANIFEST).exists() and FractionManifest.load(folder / MANIFEST) != manifest:
+            raise InputError(f"the run in {folder} trains on other images: see its {MANIFEST}")
+    elif is_main_process():
+        for path in files_of_a_run(folder):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if is_main_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest.save(folder / MANIFEST)
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def train(trainer: PALSTrainer) -> None:
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", result.metrics)
+
+
+def report(trainer: PALSTrainer, data: SegmentationData, metrics: dict[str, Any]) -> None:
+    """Write the results and show them."""
+    trainer.save_metrics("eval", metrics)
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    model, processor = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    examples = data.validation.select(range(min(NUM_PICTURES, len(data.validation))))
+    rows = [(row["image"], row["labels"], predict_mask(model, processor, row["image"])) for row in examples]
+    prediction_sheet(rows, data.id2label, folder / "predictions.png")
+    if is_matplotlib_available() and trainer.state.log_history:
+        training_curves(trainer.state.log_history, folder / "curves.png")
+    print(f"\n{data.name}: {len(data.train)} training images, {len(data.validation)} validation images")
+    print(f"{'class':<20}{'IoU':>8}{'accuracy':>10}")
+    for index, name in data.id2label.items():
+        iou, accuracy = (metrics[f"eval_per_category_{kind}"][index] for kind in ("iou", "accuracy"))
+        print(f"{name:<20}{iou:>8.3f}{accuracy:>10.3f}")
+    print(f"{'mean':<20}{metrics['eval_mean_iou']:>8.3f}{metrics['eval_mean_accuracy']:>10.3f}")
+    print(f"{'all pixels':<28}{metrics['eval_overall_accuracy']:>10.3f}")
+    print(f"\nresults, checkpoint and pictures: {folder}")
+
+
+if __name__ == "__main__":
+    main()

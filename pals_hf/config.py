@@ -1,0 +1,161 @@
+"""Training arguments: what transformers has, and what PALS adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .errors import InputError
+from .losses import PRESETS
+
+LOSSES = ("pals", "ce", "label_smoothing")
+BETA_SCHEDULES = ("constant", "linear")
+
+
+def _preset_help(text: str, name: str) -> str:
+    return f"{text} Default: {PRESETS['default'][name]}, or what `preset` says."
+
+
+@dataclass
+class PALSConfig(TrainingArguments):
+    r"""Arguments of [`PALSTrainer`]: those of [`~transformers.TrainingArguments`] and the fields below.
+
+    These defaults differ from [`~transformers.TrainingArguments`], because segmentation with few images trains by
+    steps, with a new head on an old backbone, and is judged by mean IoU:
+
+    - `learning_rate` 2e-4 instead of 5e-5 (the backbone's; the head's is `head_lr_multiplier` times as much);
+    - `lr_scheduler_type` "polynomial" with `lr_scheduler_kwargs` `{"power": 0.9, "lr_end": 0.0}` instead of "linear";
+    - `weight_decay` 0.01 instead of 0;
+    - `num_train_epochs` 100 instead of 3;
+    - `logging_steps` 10 instead of 500;
+    - `eval_strategy` and `save_strategy` "steps", `eval_steps` and `save_steps` 0.1 (a tenth of the run) instead of
+      none and 500; `save_total_limit` 2 instead of none;
+    - `metric_for_best_model` "mean_iou", `greater_is_better` True;
+    - `per_device_eval_batch_size` 1 instead of 8: evaluation images are never padded to a common size;
+    - `batch_eval_metrics` True (metrics stream) and `remove_unused_columns` False; both are needed.
+
+    `label_smoothing_factor` is refused: transformers smooths over the last axis, which is not the class axis here.
+    `hub_token` is never pickled, so it is in no `training_args.bin`.
+
+    Raises:
+        InputError: a value is out of range; the message names the field.
+    """
+
+    loss: str = field(
+        default="pals",
+        metadata={
+            "help": "What to train with: `pals` (pixel-wise adaptive label smoothing), `ce` (cross-entropy with one-hot "
+            "labels) or `label_smoothing` (uniform).",
+            "choices": LOSSES,
+        },
+    )
+    preset: str = field(
+        default="default",
+        metadata={
+            "help": "Where `beta`, `beta_schedule`, `tau` and `temperature` come from unless given: `default`, or `paper`, "
+            "the literal reading of the abstract.",
+            "choices": tuple(PRESETS),
+        },
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": _preset_help("PALS: weight of the aggregated distribution in the soft label, 0 to 1.", "beta")
+        },
+    )
+    beta_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": _preset_help("PALS: `constant`, or `linear` from 0 to `beta` over the training.", "beta_schedule"),
+            "choices": BETA_SCHEDULES,
+        },
+    )
+    tau: float | None = field(
+        default=None,
+        metadata={
+            "help": _preset_help("PALS: temperature of the affinity between pixels; smaller compares sharper.", "tau")
+        },
+    )
+    temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": _preset_help("PALS: softmax temperature of the predictions that are averaged.", "temperature")
+        },
+    )
+    smoothing: float = field(
+        default=0.1, metadata={"help": "`label_smoothing`: mass spread evenly over all classes, 0 to 1."}
+    )
+    ignore_index: int = field(
+        default=255, metadata={"help": "Label of void pixels: no loss, no metric. What the data package writes is 255."}
+    )
+    head_lr_multiplier: float = field(
+        default=5.0, metadata={"help": "The head learns at this multiple of `learning_rate`; the backbone at 1."}
+    )
+    freeze_backbone: bool = field(
+        default=False, metadata={"help": "Train the head only; the backbone's weights and statistics stay."}
+    )
+    freeze_batch_norm: bool = field(
+        default=False, metadata={"help": "Keep the running statistics of batch norm layers, for very small batches."}
+    )
+
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of the backbone."})
+    lr_scheduler_type: str = field(default="polynomial", metadata={"help": "The learning rate schedule."})
+    lr_scheduler_kwargs: dict | str | None = field(
+        default_factory=lambda: {"power": 0.9, "lr_end": 0.0},
+        metadata={"help": "Arguments of the learning rate schedule, as JSON."},
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay; norms and biases have none."})
+    num_train_epochs: float = field(default=100.0, metadata={"help": "Passes over the training images."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps, or this share of the run."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: `no`, `steps` or `epoch`."})
+    eval_steps: float | None = field(
+        default=0.1, metadata={"help": "Evaluate every so many steps, or this share of the run."}
+    )
+    save_strategy: str = field(default="steps", metadata={"help": "When to save: `no`, `steps`, `epoch` or `best`."})
+    save_steps: float = field(default=0.1, metadata={"help": "Save every so many steps, or this share of the run."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; the best is always kept."})
+    metric_for_best_model: str | None = field(default="mean_iou", metadata={"help": "Metric of the best checkpoint."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger metric is better."})
+    per_device_eval_batch_size: int = field(
+        default=1, metadata={"help": "Images evaluated at once on a device. Of different sizes: one after the other."}
+    )
+    batch_eval_metrics: bool = field(default=True, metadata={"help": "Metrics are counted batch by batch. Needed."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the transform needs all."})
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self._check_pals_fields()
+        super().__post_init__()
+
+    def _check_pals_fields(self) -> None:
+        for name, allowed in (("loss", LOSSES), ("beta_schedule", BETA_SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("beta", "smoothing"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise InputError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        for name in ("tau", "temperature", "head_lr_multiplier"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.label_smoothing_factor:
+            raise InputError(
+                "label_smoothing_factor smooths over the last axis, which in segmentation is not the classes: "
+                f"use loss='label_smoothing' with smoothing={self.label_smoothing_factor}"
+            )
+        for name, needed in (("batch_eval_metrics", True), ("remove_unused_columns", False)):
+            if getattr(self, name) is not needed:
+                raise InputError(f"{name} must be {needed} for segmentation, got {getattr(self, name)}")
+
+    def beta_at(self, progress: float) -> float:
+        """The weight of the aggregated distribution after `progress`, 0 to 1, of the training."""
+        return self.beta * progress if self.beta_schedule == "linear" else self.beta
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles its arguments next to every checkpoint and pushes them: the token must not be in there.
+        return {**self.__dict__, "hub_token": None}

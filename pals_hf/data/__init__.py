@@ -1,0 +1,18 @@
+"""Data: sources, fractions of the training set, transforms."""
+
+from .fractions import FractionManifest, draw_ids, train_fraction
+from .sources import IGNORE_INDEX, SegmentationData, load_segmentation_dataset
+from .transforms import EvalTransform, TrainTransform, TransformedDataset, collate
+
+__all__ = [
+    "IGNORE_INDEX",
+    "EvalTransform",
+    "FractionManifest",
+    "SegmentationData",
+    "TrainTransform",
+    "TransformedDataset",
+    "collate",
+    "draw_ids",
+    "load_segmentation_dataset",
+    "train_fraction",
+]

@@ -1,0 +1,7 @@
+"""Losses for semantic segmentation, one a file, all called `loss(logits, labels, features=None, num_items=None)`."""
+
+from .cross_entropy import CrossEntropyLoss
+from .label_smoothing import LabelSmoothingLoss
+from .pals import PRESETS, PALSLoss
+
+__all__ = ["PRESETS", "CrossEntropyLoss", "LabelSmoothingLoss", "PALSLoss"]

@@ -1,0 +1,55 @@
+"""Uniform label smoothing: the simplest soft label, and the baseline PALS has to beat."""
+
+from torch import Tensor, nn
+
+from ..functional import soft_label_cross_entropy
+
+
+class LabelSmoothingLoss(nn.Module):
+    """Cross-entropy with labels smoothed uniformly, averaged over labelled pixels.
+
+    `y~ = (1 - smoothing) onehot(y) + smoothing / C`, the same as `F.cross_entropy(..., label_smoothing=smoothing)`
+    on upsampled logits.
+
+    Args:
+        smoothing: mass that is spread evenly over all C classes, 0 to 1.
+        ignore_index: label of void pixels.
+
+    References:
+        Szegedy et al. Rethinking the Inception Architecture for Computer Vision. CVPR 2016.
+
+    Inputs:
+        `loss(logits, labels, features=None, num_items=None)`: logits `(B, C, h, w)`, labels `(B, H, W)`; `features`
+        are not used; `num_items` replaces the number of labelled pixels as the divisor.
+
+    Attributes:
+        parts: detached scalars of the last call: `one_hot`, and `aggregated`, the cross-entropy with the uniform
+            distribution.
+
+    Raises:
+        ValueError: `smoothing` is outside [0, 1].
+    """
+
+    def __init__(self, smoothing: float = 0.1, ignore_index: int = 255):
+        super().__init__()
+        if not 0.0 <= smoothing <= 1.0:
+            raise ValueError(f"smoothing must lie in [0, 1], got {smoothing}")
+        self.smoothing = smoothing
+        self.ignore_index = ignore_index
+        self.parts: dict[str, Tensor] = {}
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        features: Tensor | None = None,
+        num_items: Tensor | int | None = None,
+    ) -> Tensor:
+        uniform = logits.new_full((), 1.0 / logits.shape[1]).expand_as(logits)
+        loss, self.parts = soft_label_cross_entropy(
+            logits, labels, uniform, self.smoothing, self.ignore_index, num_items, return_parts=True
+        )
+        return loss
+
+    def extra_repr(self) -> str:
+        return f"smoothing={self.smoothing}, ignore_index={self.ignore_index}"

@@ -1,0 +1,94 @@
+"""Pixel-wise adaptive label smoothing via self-knowledge distillation."""
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import aggregate_probabilities, entropy, soft_label_cross_entropy
+
+PRESETS = {
+    # Temperature 4 keeps q soft once the network fits its few images. Provisional, see the README.
+    "default": {"beta": 0.3, "beta_schedule": "constant", "tau": 0.3, "temperature": 4.0},
+    # The literal reading of the abstract: the one-hot label plus the aggregated distribution, halved.
+    "paper": {"beta": 0.5, "beta_schedule": "constant", "tau": 0.1, "temperature": 1.0},
+}
+
+
+class PALSLoss(nn.Module):
+    """Cross-entropy with the network's own predictions, averaged over similar pixels, mixed into the labels.
+
+    `p = softmax(z / temperature)`; `q = aggregate_probabilities(f, p, tau)`, without gradient;
+    `y~ = (1 - beta) onehot(y) + beta up(q)`; the loss is the cross-entropy of `y~` with the upsampled logits,
+    averaged over labelled pixels: [`soft_label_cross_entropy`]. A plain module: it works with any torch model.
+
+    Args:
+        beta: weight of the aggregated distribution, 0 to 1. With 0 this is cross-entropy.
+        tau: temperature of the affinity between pixels, > 0; smaller compares more sharply.
+        temperature: softmax temperature of the predictions that are averaged, > 0; larger is softer.
+        ignore_index: label of void pixels: they have no term in the loss.
+
+    References:
+        Park, Kim, Heo. Semantic Segmentation Using Pixel-Wise Adaptive Label Smoothing via Self-Knowledge
+        Distillation for Limited Labeling Data. Sensors 22(7):2623, 2022. A reconstruction: see [`functional`].
+
+    Inputs:
+        `loss(logits, labels, features=None, num_items=None)`: logits `(B, C, h, w)` on the classifier's own grid;
+        labels `(B, H, W)`; features `(B, D, h, w)`, the input of the classifier layer - without them the logits
+        serve; `num_items` replaces the number of labelled pixels as the divisor.
+
+    Attributes:
+        parts: detached scalars of the last call: `one_hot` and `aggregated`, the two cross-entropies the loss is
+            mixed from, and `entropy`, the mean entropy of q in nats.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Example:
+        >>> loss = PALSLoss(beta=0.3)
+        >>> logits, labels = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randint(0, 3, (2, 16, 16))
+        >>> loss(logits, labels, features=torch.randn(2, 8, 4, 4)).backward()
+    """
+
+    def __init__(
+        self,
+        beta: float = PRESETS["default"]["beta"],
+        tau: float = PRESETS["default"]["tau"],
+        temperature: float = PRESETS["default"]["temperature"],
+        ignore_index: int = 255,
+    ):
+        super().__init__()
+        if not 0.0 <= beta <= 1.0:
+            raise ValueError(f"beta must lie in [0, 1], got {beta}")
+        if not tau > 0:
+            raise ValueError(f"tau must be positive, got {tau}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.beta = beta
+        self.tau = tau
+        self.temperature = temperature
+        self.ignore_index = ignore_index
+        self.parts: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def aggregate(self, logits: Tensor, features: Tensor | None = None) -> Tensor:
+        """The aggregated distribution q, float32 `(B, C, h, w)`, for logits and features of the same grid."""
+        probabilities = (logits.float() / self.temperature).softmax(dim=1)
+        return aggregate_probabilities(logits if features is None else features, probabilities, tau=self.tau)
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        features: Tensor | None = None,
+        num_items: Tensor | int | None = None,
+    ) -> Tensor:
+        aggregated = self.aggregate(logits, features)
+        loss, parts = soft_label_cross_entropy(
+            logits, labels, aggregated, self.beta, self.ignore_index, num_items, return_parts=True
+        )
+        self.parts = {**parts, "entropy": entropy(aggregated).mean()}
+        return loss
+
+    def extra_repr(self) -> str:
+        return (
+            f"beta={self.beta}, tau={self.tau}, temperature={self.temperature}, ignore_index={self.ignore_index}"
+        )

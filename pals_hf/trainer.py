@@ -1,0 +1,298 @@
+"""`transformers.Trainer` with the PALS loss, exact means over pixels and streaming segmentation metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .config import PALSConfig
+from .data import collate
+from .errors import InputError
+from .functional import upsample
+from .losses import CrossEntropyLoss, LabelSmoothingLoss, PALSLoss
+from .metrics import SegmentationMetrics, confusion_matrix, nan_to_none
+from .models import ClassifierTap, backbone_of
+
+logger = logging.get_logger(__name__)
+
+
+def build_loss(config: PALSConfig) -> nn.Module:
+    """The loss module that `config.loss` names."""
+    if config.loss == "pals":
+        return PALSLoss(config.beta, config.tau, config.temperature, config.ignore_index)
+    if config.loss == "label_smoothing":
+        return LabelSmoothingLoss(config.smoothing, config.ignore_index)
+    return CrossEntropyLoss(config.ignore_index)
+
+
+class PALSTrainer(Trainer):
+    """A [`~transformers.Trainer`] for semantic segmentation with few labelled images.
+
+    It differs from its parent in this:
+
+    - the loss is taken at the classifier's own resolution ([`ClassifierTap`]) by the module that `args.loss` names;
+    - the loss is the mean over the labelled pixels of the whole global batch: over gradient accumulation and
+      processes, a batch gives the same gradient however it is cut up;
+    - every log line has the one-hot and the aggregated part of the loss, beta and the mean entropy of q in nats;
+    - evaluation scores every image at its own mask's size and gathers one count matrix per image, nothing larger.
+      `eval_loss` is cross-entropy over labelled pixels, whatever the training loss;
+    - the head has its own learning rate; backbone or batch norm can be frozen.
+
+    Args:
+        model: a model of `AutoModelForSemanticSegmentation`.
+        args: a [`PALSConfig`].
+        train_dataset, eval_dataset: data sets of `pixel_values (3, H, W)` and `labels (H, W)`, like
+            [`TransformedDataset`]. Training images must share a size, evaluation images need not.
+        data_collator: by default [`collate`].
+        kwargs: everything else [`~transformers.Trainer`] takes, except `compute_loss_func` and `compute_metrics`.
+
+    Raises:
+        InputError: the model is not for PALS, or `compute_loss_func` or `compute_metrics` is given.
+    """
+
+    _tag_names = ["pals"]
+    loss_is_scaled_for_ga = True  # by the pixel count of the whole batch, see compute_loss
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: PALSConfig | None = None,
+        data_collator: Callable | None = None,
+        **kwargs: Any,
+    ):
+        for name in ("compute_loss_func", "compute_metrics"):
+            if kwargs.get(name) is not None:
+                raise InputError(f"PALSTrainer has its own {name}: use PALSConfig.loss, or a plain Trainer")
+        if args is None:
+            args = PALSConfig()
+        if args.n_gpu > 1:
+            logger.warning(
+                "One process sees %d GPUs and uses the first; use all of them with `accelerate launch`.", args.n_gpu
+            )
+            args._n_gpu = 1  # nn.DataParallel copies modules between threads, out of reach of the tap
+        super().__init__(model, args, data_collator=data_collator or collate, **kwargs)
+        self._tap = ClassifierTap(self.model)
+        self.loss_function = build_loss(args)
+        self.metrics = SegmentationMetrics(self.model.config.num_labels, args.ignore_index)
+        self.compute_metrics = self._stream_metrics
+        self._eval_loss = torch.zeros(2, dtype=torch.float64)
+        self._loss_parts: Counter[str] = Counter()
+        self._parts_logged_at = 0
+        if args.freeze_backbone:
+            backbone_of(self.model).requires_grad_(False)
+        self.add_callback(_EpochCallback(self))
+
+    # ---- Loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The loss of one micro-batch: its sum over labelled pixels, divided by their number in the global batch.
+
+        Without `num_items_in_batch` the mean over this micro-batch.
+        """
+        if self._tap.model is not self.model:  # model_init made a new one
+            self._tap = ClassifierTap(self.model)
+        if isinstance(inputs["pixel_values"], list):
+            raise InputError("images of one training batch differ in size: crop them to one size in the transform")
+        if model.training:
+            self._freeze_statistics()
+        with self._tap:
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        features, logits = self._tap.read()
+        if isinstance(self.loss_function, PALSLoss):
+            self.loss_function.beta = self.args.beta_at(self.state.global_step / max(1, self.state.max_steps))
+        loss = self.loss_function(logits, inputs["labels"], features, num_items_in_batch)
+        if num_items_in_batch is not None:
+            # Gradients are averaged over processes, but the divisor counts the pixels of all of them.
+            loss = loss * self.accelerator.num_processes
+        if model.training:
+            self._record_parts(scaled=num_items_in_batch is not None)
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
+        """The number of labelled pixels in all micro-batches of all processes: the parent counts void pixels too."""
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        count = sum((batch["labels"] != self.args.ignore_index).sum() for batch in batch_samples)
+        return self.accelerator.gather(count.to(device)).sum()
+
+    def _freeze_statistics(self) -> None:
+        """Put frozen batch norm layers back into evaluation mode, which `model.train()` has just ended."""
+        if self.args.freeze_batch_norm or self.args.freeze_backbone:
+            root = self.model if self.args.freeze_batch_norm else backbone_of(self.model)
+            for module in root.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The parent's optimizer, with the head's parameters in groups of their own learning rate."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.head_lr_multiplier != 1.0:
+            backbone = {id(parameter) for parameter in backbone_of(self.model if model is None else model).parameters()}
+            groups = []
+            for group in optimizer.param_groups:
+                for in_backbone, scale in ((True, 1.0), (False, self.args.head_lr_multiplier)):
+                    chosen = [p for p in group["params"] if (id(p) in backbone) is in_backbone]
+                    if chosen:
+                        groups.append({**group, "params": chosen, "lr": group["lr"] * scale})
+            optimizer.param_groups = groups
+        return optimizer
+
+    # ---- Logging ----
+
+    def _record_parts(self, scaled: bool) -> None:
+        parts = self.loss_function.parts
+        scale = self.accelerator.num_processes if scaled else 1
+        for name in ("one_hot", "aggregated"):
+            if name in parts:
+                self._loss_parts[f"loss_{name}"] += parts[name] * scale
+        if "entropy" in parts:
+            self._loss_parts["entropy"] += parts["entropy"]
+        self._loss_parts["micro_batches"] += 1
+
+    def _mean_parts(self) -> dict[str, float]:
+        """Means since the last log line: per optimizer step for losses, which add up over micro-batches."""
+        parts, self._loss_parts = dict(self._loss_parts), Counter()
+        steps, self._parts_logged_at = self.state.global_step - self._parts_logged_at, self.state.global_step
+        micro_batches = parts.pop("micro_batches")
+        means = {
+            name: self.accelerator.reduce(value, "mean").item() / (micro_batches if name == "entropy" else steps)
+            for name, value in parts.items()
+        }
+        if "entropy" in means:
+            means["q_entropy"] = means.pop("entropy")
+            means["beta"] = self.loss_function.beta
+        return means
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Log scalars, with the parts of the loss where a training loss is logged."""
+        if "loss" in logs and self._loss_parts:
+            logs.update(self._mean_parts())
+        scalars = {name: nan_to_none(value) for name, value in logs.items() if not isinstance(value, list)}
+        super().log(scalars, start_time)
+        logs.update({name: scalars[name] for name in scalars.keys() - logs.keys()})
+
+    def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
+        """Write `{split}_results.json`, with null for what is undefined: NaN is not JSON."""
+        super().save_metrics(split, nan_to_none(metrics), combined)
+
+    # ---- Evaluation ----
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any):
+        self.metrics.reset()
+        self._eval_loss.zero_()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """Score each image of a batch at its own mask's size.
+
+        Returns:
+            None, one int64 count matrix per image `(b, C, C)`, and `(b, 2)`: the summed cross-entropy and the number
+            of labelled pixels of each image. These are what is gathered over processes.
+        """
+        if "labels" not in inputs:
+            raise InputError("evaluation needs labels; for pictures without, use pipeline('image-segmentation')")
+        inputs = self._prepare_inputs(inputs)
+        counts, losses = [], []
+        with torch.no_grad():
+            for logits, labels in zip(self._logits_of(model, inputs["pixel_values"]), inputs["labels"], strict=True):
+                logits = upsample(logits[None].float(), labels.shape)
+                predictions = logits.argmax(dim=1)[0]
+                ignore_index = self.args.ignore_index
+                counts.append(confusion_matrix(predictions, labels, self.metrics.num_labels, ignore_index))
+                total = nn.functional.cross_entropy(logits, labels[None], ignore_index=ignore_index, reduction="sum")
+                losses.append(torch.stack([total, (labels != ignore_index).sum().to(total.dtype)]))
+        return None, torch.stack(counts), torch.stack(losses)
+
+    def _logits_of(self, model: nn.Module, pixel_values: Tensor | list[Tensor]):
+        """Logits `(C, h, w)` image by image; images of different sizes go through the network one at a time."""
+        batches = [pixel_values] if isinstance(pixel_values, Tensor) else [image[None] for image in pixel_values]
+        for batch in batches:
+            yield from model(pixel_values=batch).logits
+
+    def _stream_metrics(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, Any]:
+        self.metrics.add_counts(prediction.predictions)
+        self._eval_loss += prediction.label_ids.double().sum(dim=0).cpu()
+        if not compute_result:
+            return {}
+        total, pixels = self._eval_loss.tolist()
+        return {"loss": total / pixels if pixels else float("nan"), **self.metrics.compute()}
+
+
+class _EpochCallback(TrainerCallback):
+    """Tells the training set which epoch it is: Accelerate does so only where its sampler leaves it room."""
+
+    def __init__(self, trainer: PALSTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if hasattr(self.trainer.train_dataset, "set_epoch"):
+            self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
+
+
+def compute_loss_func(loss: nn.Module, model: nn.Module) -> Callable[..., Tensor]:
+    """A loss of this package for a plain `Trainer(compute_loss_func=...)`.
+
+    Trainer counts every label that is not -100 as an item, so void pixels with another ignore index are in its count.
+    The adapter takes them out: exactly, where a step is one batch of one process, or where void pixels are -100 in
+    the labels. With accumulation or several processes and another ignore index, each micro-batch's own mean is
+    weighted by its number of pixels; [`PALSTrainer`] is exact there too.
+
+    Args:
+        loss: for example [`PALSLoss`].
+        model: the model given to Trainer. A hook stays on its classifier.
+
+    Example:
+        >>> Trainer(model, args, compute_loss_func=compute_loss_func(PALSLoss(), model), ...)
+    """
+    tap = ClassifierTap(model)
+    tap.attach()
+
+    def compute(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        features, logits = tap.read()
+        counted = labels != -100
+        labels = labels.masked_fill(~counted, loss.ignore_index)
+        if num_items_in_batch is None:
+            return loss(logits, labels, features)
+        share_labelled = (labels != loss.ignore_index).sum() / counted.sum().clamp(min=1)
+        return loss(logits, labels, features, num_items_in_batch * share_labelled)
+
+    return compute
+
+
+def is_complete_checkpoint(folder: str | os.PathLike) -> bool:
+    """Whether Trainer finished writing a checkpoint: its state is what it writes last."""
+    try:
+        json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """The newest complete checkpoint of a run, or None: a crash may have left the newest one half-written."""
+    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete_checkpoint(path)]
+    return max(folders, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
