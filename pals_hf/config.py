@@ -28,7 +28,7 @@ class PALSConfig(TrainingArguments):
     - `learning_rate` 2e-4 instead of 5e-5 (the backbone's; the head's is `head_lr_multiplier` times as much);
     - `lr_scheduler_type` "polynomial" with `lr_scheduler_kwargs` `{"power": 0.9, "lr_end": 0.0}` instead of "linear";
     - `weight_decay` 0.01 instead of 0;
-    - `num_train_epochs` 100 instead of 3;
+    - `num_train_epochs` 50 instead of 3;
     - `logging_steps` 10 instead of 500;
     - `eval_strategy` and `save_strategy` "steps", `eval_steps` and `save_steps` 0.1 (a tenth of the run) instead of
       none and 500; `save_total_limit` 2 instead of none;
@@ -107,7 +107,7 @@ class PALSConfig(TrainingArguments):
         metadata={"help": "Arguments of the learning rate schedule, as JSON."},
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay; norms and biases have none."})
-    num_train_epochs: float = field(default=100.0, metadata={"help": "Passes over the training images."})
+    num_train_epochs: float = field(default=50.0, metadata={"help": "Passes over the training images."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps, or this share of the run."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: `no`, `steps` or `epoch`."})
     eval_steps: float | None = field(
@@ -132,6 +132,8 @@ class PALSConfig(TrainingArguments):
                 setattr(self, name, value)
         self._check_pals_fields()
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is no device to copy to, and torch warns at every epoch
 
     def _check_pals_fields(self) -> None:
         for name, allowed in (("loss", LOSSES), ("beta_schedule", BETA_SCHEDULES)):

@@ -85,7 +85,9 @@ def aggregate_probabilities(features: Tensor, probabilities: Tensor, *, tau: flo
 
 def _to_heads(maps: Tensor, head_dim: int) -> Tensor:
     """`(B, D, h, w)` to one attention head `(B, 1, h * w, head_dim)`, zero-padded: zeros change no dot product."""
-    return F.pad(maps.flatten(2).transpose(1, 2), (0, head_dim - maps.shape[1])).unsqueeze(1)
+    vectors = F.pad(maps.flatten(2), (0, 0, 0, head_dim - maps.shape[1]))
+    # Contiguous in the channels, or torch falls back to the N x N matrix.
+    return vectors.transpose(1, 2).contiguous().unsqueeze(1)
 
 
 def soft_label_cross_entropy(

@@ -129,7 +129,8 @@ class TransformedDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         example = self.dataset[int(index)]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_mix(self.seed, int(self._epoch), int(index)))
+            # Not torch.manual_seed: that seeds every device, and is slower than the transform.
+            torch.default_generator.manual_seed(_mix(self.seed, int(self._epoch), int(index)))
             return self.transform(example["image"], example["labels"])
 
 

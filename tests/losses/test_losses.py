@@ -1,0 +1,138 @@
+"""What holds for every loss, then what is each one's own."""
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+
+from pals_hf.losses import PRESETS, CrossEntropyLoss, LabelSmoothingLoss, PALSLoss
+
+LOSSES = {"pals": PALSLoss(), "ce": CrossEntropyLoss(), "label_smoothing": LabelSmoothingLoss()}
+
+
+@pytest.fixture
+def batch():
+    logits, features = 3 * torch.randn(2, 4, 6, 8), torch.randn(2, 5, 6, 8)
+    labels = torch.randint(0, 4, (2, 24, 32))
+    labels[:, :6] = 255
+    return logits, labels, features
+
+
+@pytest.fixture(params=LOSSES)
+def loss(request):
+    return LOSSES[request.param]
+
+
+class TestEveryLoss:
+    def test_is_a_scalar_that_trains(self, loss, batch):
+        logits, labels, features = batch
+        logits.requires_grad_()
+        value = loss(logits, labels, features)
+        value.backward()
+        assert value.shape == ()
+        assert logits.grad.isfinite().all()
+        assert logits.grad.norm() > 0
+
+    def test_void_is_no_part_of_the_mean(self, loss, batch):
+        logits, labels, features = batch
+        count = (labels != 255).sum()
+        torch.testing.assert_close(
+            loss(logits, labels, features, num_items=2 * count) * 2, loss(logits, labels, features)
+        )
+
+    def test_all_void(self, loss, batch):
+        logits, labels, features = batch
+        logits.requires_grad_()
+        value = loss(logits, torch.full_like(labels, 255), features)
+        value.backward()
+        assert value == 0
+        assert (logits.grad == 0).all()
+
+    def test_reports_its_parts(self, loss, batch):
+        value = loss(*batch)
+        beta = {"beta": getattr(loss, "beta", 0), "smoothing": getattr(loss, "smoothing", 0)}
+        weight = max(beta.values())
+        parts = loss.parts
+        mixed = (1 - weight) * parts["one_hot"] + weight * parts.get("aggregated", 0)
+        torch.testing.assert_close(mixed, value)
+        assert not any(part.requires_grad for part in parts.values())
+
+    def test_says_its_settings(self, loss):
+        assert "ignore_index=255" in repr(loss)
+
+
+def test_cross_entropy_is_torch(batch):
+    logits, labels, _ = batch
+    up = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
+    torch.testing.assert_close(CrossEntropyLoss()(logits, labels), F.cross_entropy(up, labels, ignore_index=255))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_label_smoothing_is_torch(batch, smoothing):
+    logits, labels, _ = batch
+    up = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
+    # torch smooths over all pixels it counts, so void ones are taken out by hand.
+    keep = labels != 255
+    expected = F.cross_entropy(up.movedim(1, -1)[keep], labels[keep], label_smoothing=smoothing)
+    torch.testing.assert_close(LabelSmoothingLoss(smoothing)(logits, labels), expected)
+
+
+class TestPALS:
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_equals_the_formula(self, batch, preset):
+        logits, labels, features = batch
+        settings = {name: PRESETS[preset][name] for name in ("beta", "tau", "temperature")}
+        p = (logits.double() / settings["temperature"]).softmax(dim=1)
+        q = reference.aggregate(features, p, settings["tau"])
+        expected = reference.soft_label_loss(logits, labels, q, settings["beta"])
+        torch.testing.assert_close(PALSLoss(**settings)(logits, labels, features).double(), expected, rtol=1e-5, atol=0)
+
+    def test_gradient_is_that_with_q_detached(self, batch):
+        logits, labels, features = batch
+        logits.requires_grad_(), features.requires_grad_()
+        loss = PALSLoss(beta=0.5)
+        (gradient,) = torch.autograd.grad(loss(logits, labels, features), logits)
+        q = reference.aggregate(features, (logits / loss.temperature).softmax(dim=1), loss.tau).detach()
+        (expected,) = torch.autograd.grad(reference.soft_label_loss(logits, labels, q, 0.5), logits)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
+        loss(logits, labels, features).backward()
+        assert features.grad is None
+
+    def test_without_features_the_logits_serve(self, batch):
+        logits, labels, _ = batch
+        assert PALSLoss()(logits, labels) == PALSLoss()(logits, labels, logits)
+
+    def test_beta_zero_is_cross_entropy(self, batch):
+        torch.testing.assert_close(PALSLoss(beta=0)(*batch), CrossEntropyLoss()(*batch), rtol=0, atol=1e-6)
+
+    def test_differs_from_cross_entropy(self, batch):
+        assert abs(PALSLoss()(*batch) - CrossEntropyLoss()(*batch)) > 1e-2
+
+    def test_entropy_of_q(self, batch):
+        logits, labels, features = batch
+        loss = PALSLoss(temperature=1e6)
+        loss(logits, labels, features)
+        torch.testing.assert_close(loss.parts["entropy"], torch.tensor(4.0).log())
+
+    def test_trains_a_plain_torch_model(self):
+        model = torch.nn.Conv2d(3, 4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        images, labels = torch.randn(2, 3, 8, 8), torch.zeros(2, 16, 16, dtype=torch.long)
+        loss, values = PALSLoss(), []
+        for _ in range(20):
+            value = loss(model(images), labels)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            values.append(float(value))
+        assert values[-1] < values[0]
+
+    @pytest.mark.parametrize("name", ["beta", "tau", "temperature"])
+    def test_refuses(self, name):
+        with pytest.raises(ValueError, match=name):
+            PALSLoss(**{name: -0.1})
+
+
+def test_label_smoothing_refuses():
+    with pytest.raises(ValueError, match="smoothing"):
+        LabelSmoothingLoss(1.1)
