@@ -8,8 +8,8 @@ trains a small SegFormer on built-in street scenes, offline. With your own data 
     accelerate launch examples/run_seg_pals.py --dataset_dir my_data --model_name_or_path nvidia/mit-b0 \
         --image_size 512 512 --train_fraction 0.1
 
-`my_data` has train/images/NAME.jpg, train/masks/NAME.png, the same for val, and id2label.json. Every flag can come from
-a recipe: `--recipe settings.yaml`; flags on the command line win.
+`my_data` has train/images/NAME.jpg, train/masks/NAME.png, the same for val, and id2label.json. Every flag can come
+from a recipe: `--recipe settings.yaml`; flags on the command line win.
 """
 
 from __future__ import annotations
@@ -64,10 +64,14 @@ class ScriptArguments:
         default=None, metadata={"help": "Data set on the Hub, or a folder written by save_to_disk."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub data set."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images. Default: the usual names."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of the images. Default: the usual names."}
+    )
     label_column: str | None = field(default=None, metadata={"help": "Column of the masks. Default: the usual names."})
     id2label: str | None = field(default=None, metadata={"help": "JSON file of the class names."})
-    void_labels: list[int] = field(default_factory=list, metadata={"help": "Mask values that mean no label; 255 does."})
+    void_labels: list[int] = field(
+        default_factory=list, metadata={"help": "Mask values that mean no label; 255 does."}
+    )
     validation_share: float = field(
         default=0.2, metadata={"help": "Cut off from the training images where there is no validation split."}
     )
@@ -82,13 +86,20 @@ class ScriptArguments:
     crop_size: list[int] | None = field(
         default=None, metadata={"help": "H W of training crops. Default: the size of the training images."}
     )
+    scale_range: list[float] = field(
+        default_factory=lambda: [0.5, 2.0],
+        metadata={"help": "LOW HIGH: training images are resized by a random factor."},
+    )
+    color_jitter: float = field(default=0.3, metadata={"help": "Random brightness, contrast, saturation; 0 for none."})
     num_threads: int | None = field(
         default=None, metadata={"help": "CPU threads of a process. Default: all cores, shared between processes."}
     )
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better --metric_for_best_model."}
+        default=None, metadata={"help": "Stop after so many evaluations without a better result."}
     )
-    eval_only: bool = field(default=False, metadata={"help": "Only score --model_name_or_path on the validation split."})
+    eval_only: bool = field(
+        default=False, metadata={"help": "Only score --model_name_or_path on the validation split."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace the run that --output_dir holds."})
 
     def __post_init__(self):
@@ -96,6 +107,10 @@ class ScriptArguments:
             size = getattr(self, name)
             if size is not None and (len(size) != 2 or min(size) < 1):
                 raise InputError(f"{name} must be two positive numbers, height and width, got {size}")
+        if len(self.scale_range) != 2 or not 0 < self.scale_range[0] <= self.scale_range[1]:
+            raise InputError(f"scale_range must be two positive numbers, low and high, got {self.scale_range}")
+        if not 0 <= self.color_jitter <= 1:
+            raise InputError(f"color_jitter must lie in [0, 1], got {self.color_jitter}")
         if self.eval_only and self.model_name_or_path is None:
             raise InputError("eval_only scores a checkpoint: give it by model_name_or_path")
 
@@ -178,7 +193,9 @@ def choose_output_dir(args: ScriptArguments, config: PALSConfig) -> None:
             raise InputError(f"resume_from_checkpoint {resume}: no complete checkpoint at {checkpoint or folder}")
         config.resume_from_checkpoint = str(checkpoint)
     elif files_of_a_run(folder) and not args.overwrite:
-        raise InputError(f"output_dir {folder} already holds a run: use --overwrite, --resume_from_checkpoint or another")
+        raise InputError(
+            f"output_dir {folder} already holds a run: use --overwrite, --resume_from_checkpoint or another"
+        )
 
 
 def files_of_a_run(folder: Path) -> list[Path]:
@@ -222,10 +239,11 @@ def build_trainer(args: ScriptArguments, config: PALSConfig, data: SegmentationD
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
     first = data.train[0]["image"]
     crop_size = args.crop_size or args.image_size or (first.height, first.width)
+    augment = TrainTransform(processor, crop_size, args.scale_range, args.color_jitter)
     return PALSTrainer(
         model,
         config,
-        train_dataset=TransformedDataset(data.train, TrainTransform(processor, crop_size), seed=config.seed),
+        train_dataset=TransformedDataset(data.train, augment, seed=config.seed),
         eval_dataset=TransformedDataset(data.validation, EvalTransform(processor)),
         processing_class=processor,
         callbacks=callbacks,

@@ -46,16 +46,15 @@ class PALSConfig(TrainingArguments):
     loss: str = field(
         default="pals",
         metadata={
-            "help": "What to train with: `pals` (pixel-wise adaptive label smoothing), `ce` (cross-entropy with one-hot "
-            "labels) or `label_smoothing` (uniform).",
+            "help": "What to train with: `pals` (pixel-wise adaptive label smoothing), `ce` (cross-entropy) or `label_smoothing` (uniform).",
             "choices": LOSSES,
         },
     )
     preset: str = field(
         default="default",
         metadata={
-            "help": "Where `beta`, `beta_schedule`, `tau` and `temperature` come from unless given: `default`, or `paper`, "
-            "the literal reading of the abstract.",
+            "help": "Where `beta`, `beta_schedule`, `tau` and `temperature` come from unless given: `default`, or "
+            "`paper`, the literal reading of the abstract.",
             "choices": tuple(PRESETS),
         },
     )
@@ -88,7 +87,8 @@ class PALSConfig(TrainingArguments):
         default=0.1, metadata={"help": "`label_smoothing`: mass spread evenly over all classes, 0 to 1."}
     )
     ignore_index: int = field(
-        default=255, metadata={"help": "Label of void pixels: no loss, no metric. What the data package writes is 255."}
+        default=255,
+        metadata={"help": "Label of void pixels: no loss, no metric. What the data package writes is 255."},
     )
     head_lr_multiplier: float = field(
         default=5.0, metadata={"help": "The head learns at this multiple of `learning_rate`; the backbone at 1."}

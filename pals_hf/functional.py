@@ -135,7 +135,8 @@ def soft_label_cross_entropy(
     """
     if logits.ndim != 4 or labels.ndim != 3 or logits.shape[0] != labels.shape[0]:
         raise ValueError(
-            f"logits and labels must be (B, C, h, w) and (B, H, W), got {tuple(logits.shape)} and {tuple(labels.shape)}"
+            "logits and labels must be (B, C, h, w) and (B, H, W), "
+            f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta must lie in [0, 1], got {beta}")

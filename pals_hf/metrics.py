@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-
 if TYPE_CHECKING:
     import evaluate
 
@@ -42,10 +41,9 @@ def confusion_matrix(predictions: Tensor, labels: Tensor, num_labels: int, ignor
     valid = labels != ignore_index
     labels, predictions = labels[valid].long(), predictions[valid].long()
     for name, values in (("labels", labels), ("predictions", predictions)):
-        if values.numel() and not (0 <= int(values.min()) and int(values.max()) < num_labels):
-            raise ValueError(
-                f"{name} must lie in 0..{num_labels - 1}, found values from {int(values.min())} to {int(values.max())}"
-            )
+        if values.numel() and ((values < 0) | (values >= num_labels)).any():
+            found = f"{int(values.min())} to {int(values.max())}"
+            raise ValueError(f"{name} must lie in 0..{num_labels - 1}, found values from {found}")
     return torch.bincount(labels * num_labels + predictions, minlength=num_labels**2).view(num_labels, num_labels)
 
 

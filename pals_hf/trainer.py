@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from .errors import InputError
 from .functional import upsample
 from .losses import CrossEntropyLoss, LabelSmoothingLoss, PALSLoss
 from .metrics import SegmentationMetrics, confusion_matrix, nan_to_none
-from .models import ClassifierTap, backbone_of
+from .models import ClassifierTap, backbone_of, refuse_unsuitable
 
 logger = logging.get_logger(__name__)
 
@@ -61,7 +61,7 @@ class PALSTrainer(Trainer):
         InputError: the model is not for PALS, or `compute_loss_func` or `compute_metrics` is given.
     """
 
-    _tag_names = ["pals"]
+    _tag_names: ClassVar[list[str]] = ["pals"]
     loss_is_scaled_for_ga = True  # by the pixel count of the whole batch, see compute_loss
 
     def __init__(
@@ -74,6 +74,8 @@ class PALSTrainer(Trainer):
         for name in ("compute_loss_func", "compute_metrics"):
             if kwargs.get(name) is not None:
                 raise InputError(f"PALSTrainer has its own {name}: use PALSConfig.loss, or a plain Trainer")
+        if model is not None:
+            refuse_unsuitable(model.config)
         if args is None:
             args = PALSConfig()
         if args.n_gpu > 1:
@@ -88,7 +90,6 @@ class PALSTrainer(Trainer):
         self.compute_metrics = self._stream_metrics
         self._eval_loss = torch.zeros(2, dtype=torch.float64)
         self._loss_parts: Counter[str] = Counter()
-        self._parts_logged_at = 0
         if args.freeze_backbone:
             backbone_of(self.model).requires_grad_(False)
         self.add_callback(_EpochCallback(self))
@@ -145,7 +146,9 @@ class PALSTrainer(Trainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.args.head_lr_multiplier != 1.0:
-            backbone = {id(parameter) for parameter in backbone_of(self.model if model is None else model).parameters()}
+            backbone = {
+                id(parameter) for parameter in backbone_of(self.model if model is None else model).parameters()
+            }
             groups = []
             for group in optimizer.param_groups:
                 for in_backbone, scale in ((True, 1.0), (False, self.args.head_lr_multiplier)):
@@ -166,12 +169,12 @@ class PALSTrainer(Trainer):
         if "entropy" in parts:
             self._loss_parts["entropy"] += parts["entropy"]
         self._loss_parts["micro_batches"] += 1
+        self._loss_parts["steps"] += int(self.accelerator.sync_gradients)  # the last micro-batch of a step
 
     def _mean_parts(self) -> dict[str, float]:
         """Means since the last log line: per optimizer step for losses, which add up over micro-batches."""
         parts, self._loss_parts = dict(self._loss_parts), Counter()
-        steps, self._parts_logged_at = self.state.global_step - self._parts_logged_at, self.state.global_step
-        micro_batches = parts.pop("micro_batches")
+        steps, micro_batches = parts.pop("steps"), parts.pop("micro_batches")
         means = {
             name: self.accelerator.reduce(value, "mean").item() / (micro_batches if name == "entropy" else steps)
             for name, value in parts.items()
@@ -192,6 +195,29 @@ class PALSTrainer(Trainer):
     def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
         """Write `{split}_results.json`, with null for what is undefined: NaN is not JSON."""
         super().save_metrics(split, nan_to_none(metrics), combined)
+
+    # ---- Checkpoints ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load weights the way `from_pretrained` does, and all of them.
+
+        The parent takes the file's names as they are, but `save_pretrained` writes SegFormer's and others' under
+        their old names: it would go on from random weights with a warning (transformers issue 48805).
+        """
+        if self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        restored, info = type(self.model).from_pretrained(
+            resume_from_checkpoint, config=self.model.config, dtype=self.model.dtype, output_loading_info=True
+        )
+        if info["missing_keys"]:
+            raise InputError(f"checkpoint {resume_from_checkpoint} lacks the weights {sorted(info['missing_keys'])}")
+        self.model.load_state_dict(restored.state_dict())
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     # ---- Evaluation ----
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ def draw_ids(ids: Iterable[str], fraction: float, seed: int | str = 0) -> list[s
 
     Example:
         >>> draw_ids(["a", "b", "c", "d"], 0.5)
-        ['b', 'c']
+        ['c', 'b']
     """
     if not 0.0 < fraction <= 1.0:
         raise InputError(f"train_fraction must be above 0 and at most 1, got {fraction}")
@@ -36,7 +37,7 @@ def draw_ids(ids: Iterable[str], fraction: float, seed: int | str = 0) -> list[s
     if not order:
         raise InputError("there are no images to draw a fraction from")
     if len(set(order)) < len(order):
-        duplicate = next(first for first, second in zip(order, order[1:], strict=False) if first == second)
+        duplicate = next(first for first, second in pairwise(order) if first == second)
         raise InputError(f"the id {duplicate!r} occurs more than once, so a fraction is not well defined")
     return order[: max(1, int(fraction * len(order) + 0.5))]
 

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from PIL import Image as PILImage
 from PIL import ImageOps
 
@@ -177,7 +186,9 @@ def _find_column(option: str, wanted: str | None, usual: tuple[str, ...], availa
     candidates = (wanted,) if wanted else usual
     found = [name for name in candidates if name in available]
     if not found:
-        raise InputError(f"{option}: the data set has no column {' or '.join(map(repr, candidates))}, only {available}")
+        raise InputError(
+            f"{option}: the data set has no column {' or '.join(map(repr, candidates))}, only {available}"
+        )
     return found[0]
 
 
@@ -217,7 +228,9 @@ def _parse_names(names: str | Path | dict) -> dict[int, str]:
     except (TypeError, ValueError):
         raise InputError(f"{source} must map class indices to names, like {{'0': 'sky', '1': 'road'}}") from None
     if sorted(classes) != list(range(len(classes))) or not 2 <= len(classes) <= MAX_CLASSES:
-        raise InputError(f"{source} must number 2 to {MAX_CLASSES} classes from 0 without a gap, got {sorted(classes)}")
+        raise InputError(
+            f"{source} must number 2 to {MAX_CLASSES} classes from 0 without a gap, got {sorted(classes)}"
+        )
     return dict(sorted(classes.items()))
 
 
@@ -252,12 +265,15 @@ def _check(split: Dataset, num_classes: int, void_labels: tuple[int, ...]) -> Da
         raise InputError("a split of the data set is empty")
     lookup = _lookup_table(num_classes, void_labels)
     raw = split.cast_column("image", Image(decode=False)).cast_column("labels", Image(decode=False))
-    checked = raw.map(
+    labels = raw.map(
         lambda example: {"labels": _check_pair(example, lookup, num_classes)},
-        features=Features({**_FEATURES, "image": Image(decode=False)}),
+        features=Features({"labels": Image(decode=False)}),
+        remove_columns=raw.column_names,
         desc="Checking images and masks",
     )
-    return checked.cast(_FEATURES)
+    # The images stay where they are: only the masks are stored anew.
+    labels = labels.cast_column("labels", Image())
+    return concatenate_datasets([split.remove_columns("labels"), labels], axis=1).select_columns(list(_FEATURES))
 
 
 def _check_pair(example: dict, lookup: np.ndarray, num_classes: int) -> dict:

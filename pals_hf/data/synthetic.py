@@ -65,7 +65,12 @@ class _Scene:
         self.paint("rectangle", [0, 0, self.width, self.horizon], SKY, self.color((150, 175, 205), 30))
         self.paint("rectangle", [0, self.horizon, self.width, bottom], SIDEWALK, self.grey(95, 165))
         left, right = self.width * self.rng.uniform(-0.2, 0.2), self.width * self.rng.uniform(0.8, 1.2)
-        lane = [(left, bottom), (self.vanishing - 4, self.horizon), (self.vanishing + 4, self.horizon), (right, bottom)]
+        lane = [
+            (left, bottom),
+            (self.vanishing - 4, self.horizon),
+            (self.vanishing + 4, self.horizon),
+            (right, bottom),
+        ]
         self.paint("polygon", lane, ROAD, self.grey(70, 130))
         x = -self.rng.integers(0, 10)
         while x < self.width:
@@ -123,7 +128,9 @@ class _Scene:
         self.paint("rectangle", [x - width, y - height * 0.5, x + width, y], PERSON, self.color((60, 60, 80), 25))
         coat = self.color(self.rng.integers(30, 220, 3), 5)
         self.paint("ellipse", [x - width * 1.3, y - height * 0.85, x + width * 1.3, y - height * 0.4], PERSON, coat)
-        self.paint("ellipse", [x - head, y - height, x + head, y - height * 0.78], PERSON, self.color((190, 150, 125), 20))
+        self.paint(
+            "ellipse", [x - head, y - height, x + head, y - height * 0.78], PERSON, self.color((190, 150, 125), 20)
+        )
 
     def photograph(self) -> Image.Image:
         """The picture as a camera sees it: texture, uneven light, blur and sensor noise."""

@@ -112,7 +112,9 @@ class TransformedDataset(Dataset):
         seed: seed of the transform's randomness.
     """
 
-    def __init__(self, dataset: datasets.Dataset, transform: Callable[[Image, Image], dict[str, Tensor]], seed: int = 0):
+    def __init__(
+        self, dataset: datasets.Dataset, transform: Callable[[Image, Image], dict[str, Tensor]], seed: int = 0
+    ):
         self.dataset = dataset
         self.transform = transform
         self.seed = seed

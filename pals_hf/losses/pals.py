@@ -89,6 +89,4 @@ class PALSLoss(nn.Module):
         return loss
 
     def extra_repr(self) -> str:
-        return (
-            f"beta={self.beta}, tau={self.tau}, temperature={self.temperature}, ignore_index={self.ignore_index}"
-        )
+        return f"beta={self.beta}, tau={self.tau}, temperature={self.temperature}, ignore_index={self.ignore_index}"

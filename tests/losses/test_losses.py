@@ -85,7 +85,9 @@ class TestPALS:
         p = (logits.double() / settings["temperature"]).softmax(dim=1)
         q = reference.aggregate(features, p, settings["tau"])
         expected = reference.soft_label_loss(logits, labels, q, settings["beta"])
-        torch.testing.assert_close(PALSLoss(**settings)(logits, labels, features).double(), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            PALSLoss(**settings)(logits, labels, features).double(), expected, rtol=1e-5, atol=0
+        )
 
     def test_gradient_is_that_with_q_detached(self, batch):
         logits, labels, features = batch
@@ -124,7 +126,7 @@ class TestPALS:
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
-            values.append(float(value))
+            values.append(value.item())
         assert values[-1] < values[0]
 
     @pytest.mark.parametrize("name", ["beta", "tau", "temperature"])

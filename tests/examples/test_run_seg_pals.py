@@ -1,0 +1,288 @@
+"""The program, as users start it: on real files, through the real launcher, on one process and on two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import RAW_VOID
+from PIL import Image
+from transformers import AutoModelForSemanticSegmentation, pipeline
+
+from pals_hf import SegmentationMetrics, load_segmentation_dataset
+from pals_hf.data import draw_ids
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "run_seg_pals.py"
+RECORDER = Path(__file__).parent / "record_ranks.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import run_seg_pals  # noqa: E402
+
+SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--disable_tqdm", "True"]
+
+
+def launch(*arguments, script=SCRIPT, processes=1, cwd=None):
+    """`accelerate launch`, as a user types it; two real processes need the flags below on a CPU."""
+    several = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"] if processes > 1 else []
+    command = [sys.executable, "-m", "accelerate.commands.launch", *several, str(script), *map(str, arguments)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+def on_folder(folder, output, *arguments):
+    return ["--dataset_dir", str(folder), "--void_labels", str(RAW_VOID), "--output_dir", str(output), *arguments]
+
+
+def read(path):
+    return json.loads(path.read_text(), parse_constant=pytest.fail)
+
+
+class TestBuiltIn:
+    """`accelerate launch examples/run_seg_pals.py --train_fraction 0.5`, cut to two steps."""
+
+    @pytest.fixture(scope="class")
+    def run(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("somewhere")
+        printed = launch("--train_fraction", "0.5", *SHORT, cwd=folder)
+        (output,) = (folder / "runs").iterdir()
+        return output, printed
+
+    def test_ends_in_a_table(self, run):
+        output, printed = run
+        assert "100 training images, 50 validation images" in printed
+        for name in ("sky", "pole", "mean", "all pixels"):
+            assert f"\n{name} " in printed
+        assert printed.rstrip().endswith(f"runs/{output.name}")
+
+    def test_writes_everything(self, run):
+        output, _ = run
+        for name in (
+            "model.safetensors",
+            "config.json",
+            "preprocessor_config.json",
+            "eval_results.json",
+            "train_results.json",
+            "train_fraction.json",
+            "trainer_state.json",
+            "predictions.png",
+        ):
+            assert (output / name).stat().st_size > 0, name
+        results = read(output / "eval_results.json")
+        assert len(results["eval_per_category_iou"]) == 8
+        for name in ("eval_mean_iou", "eval_mean_accuracy", "eval_overall_accuracy"):
+            assert 0 <= results[name] <= 1
+        assert Image.open(output / "predictions.png").width > 500
+
+    def test_manifest(self, run):
+        manifest = read(run[0] / "train_fraction.json")
+        assert (manifest["fraction"], manifest["seed"], len(manifest["ids"])) == (0.5, 0, 100)
+
+    def test_pipeline_gives_the_evaluated_figures(self, run):
+        output, _ = run
+        data = load_segmentation_dataset()
+        model = AutoModelForSemanticSegmentation.from_pretrained(output)
+        assert model.config.id2label == data.id2label
+        segment, metrics = pipeline("image-segmentation", model=str(output)), SegmentationMetrics(len(data.id2label))
+        for example in data.validation:
+            mask = torch.full((example["image"].height, example["image"].width), -1)
+            for found in segment(example["image"]):
+                mask[torch.from_numpy(np.array(found["mask"])) > 0] = {v: k for k, v in data.id2label.items()}[
+                    found["label"]
+                ]
+            metrics.update(mask, torch.from_numpy(np.array(example["labels"])))
+        results = metrics.compute()
+        for name, value in read(output / "eval_results.json").items():
+            if name.removeprefix("eval_") in results:
+                expected = [None if np.isnan(v) else v for v in np.atleast_1d(results[name.removeprefix("eval_")])]
+                assert np.atleast_1d(value).tolist() == expected
+
+
+class TestFolder:
+    def test_trains_on_a_fraction_and_resumes(self, folder, tmp_path):
+        output = tmp_path / "run"
+        arguments = on_folder(folder, output, "--train_fraction", "0.5", "--crop_size", "32", "32", *SHORT)
+        run_seg_pals.main([*arguments, "--save_steps", "1", "--loss", "ce", "--image_size", "32", "48"])
+        ids = read(output / "train_fraction.json")["ids"]
+        assert ids == draw_ids([f"street {index}" for index in range(8)], 0.5)
+        assert read(output / "trainer_state.json")["global_step"] == 2
+        # A crash while writing leaves a folder without its last file.
+        (output / "checkpoint-2" / "trainer_state.json").unlink()
+        more = ["--resume_from_checkpoint", "last", "--max_steps", "3", "--image_size", "32", "48", "--loss", "ce"]
+        run_seg_pals.main([*arguments, *more])
+        history = read(output / "trainer_state.json")
+        assert history["global_step"] == 3
+        assert read(output / "eval_results.json")["epoch"] == 1.5
+
+    def test_resume_refuses_other_images(self, folder, tmp_path, capsys):
+        output = tmp_path / "run"
+        run_seg_pals.main(on_folder(folder, output, "--train_fraction", "0.5", "--save_steps", "1", *SHORT))
+        with pytest.raises(SystemExit):
+            run_seg_pals.main(
+                on_folder(folder, output, "--train_fraction", "1.0", "--resume_from_checkpoint", "last", *SHORT)
+            )
+        assert "trains on other images" in capsys.readouterr().err
+
+    def test_overwrite_replaces_a_run_and_spares_other_files(self, folder, tmp_path):
+        output = tmp_path / "run"
+        (output / "checkpoint-7").mkdir(parents=True)
+        (output / "notes.txt").write_text("mine")
+        run_seg_pals.main(on_folder(folder, output, "--overwrite", "--save_strategy", "no", *SHORT))
+        assert not (output / "checkpoint-7").exists()
+        assert (output / "notes.txt").read_text() == "mine"
+        assert (output / "model.safetensors").exists()
+
+    def test_manifest_of_another_run(self, folder, tmp_path):
+        manifest = tmp_path / "published.json"
+        manifest.write_text(json.dumps({"fraction": 0.3, "seed": 9, "available": 8, "ids": ["street 4", "street 1"]}))
+        output = tmp_path / "run"
+        run_seg_pals.main(on_folder(folder, output, "--train_manifest", str(manifest), *SHORT))
+        assert read(output / "train_fraction.json") == read(manifest)
+
+    @pytest.mark.parametrize("suffix", ["yaml", "json"])
+    def test_recipe_and_command_line(self, folder, tmp_path, suffix):
+        recipe = tmp_path / f"recipe.{suffix}"
+        settings = {"loss": "label_smoothing", "learning_rate": 1e-3, "image_size": [32, 48], "max_steps": 9}
+        lines = "\n".join(f"{name}: {value}" for name, value in settings.items()).replace("0.001", "1e-3")
+        recipe.write_text(json.dumps(settings) if suffix == "json" else lines)
+        arguments = on_folder(folder, tmp_path / "run", "--recipe", str(recipe), *SHORT)
+        args, config = run_seg_pals.parse_arguments(arguments)
+        assert (config.loss, config.learning_rate, args.image_size) == ("label_smoothing", 1e-3, [32, 48])
+        assert config.max_steps == 2  # the command line wins
+
+    def test_every_config_field_is_a_flag(self, folder, tmp_path):
+        arguments = on_folder(folder, tmp_path, "--preset", "paper", "--tau", "0.2", "--freeze_batch_norm", "True")
+        config = run_seg_pals.parse_arguments([*arguments, "--lr_scheduler_kwargs", '{"power": 2.0}'])[1]
+        assert (config.beta, config.tau, config.freeze_batch_norm) == (0.5, 0.2, True)
+        assert config.lr_scheduler_kwargs == {"power": 2.0}
+
+
+class TestTwoProcesses:
+    def test_score_the_same_and_train_on_the_same_split(self, folder, tmp_path):
+        """Five images of two sizes on two processes: one image is seen twice and must count once."""
+        trained, ranks = tmp_path / "trained", tmp_path / "ranks"
+        once = [*SHORT, "--max_steps", "1", "--crop_size", "32", "32"]  # one pass over four images
+        arguments = on_folder(folder, trained, "--train_fraction", "0.5", *once)
+        launch(ranks, *arguments, script=RECORDER, processes=2)
+        records = [read(ranks / f"rank-{rank}.json") for rank in range(2)]
+        assert [record["world_size"] for record in records] == [2, 2]
+        seen = [set(record["trained_on"]) for record in records]
+        assert all(seen)
+        assert not seen[0] & seen[1]
+        assert read(trained / "train_fraction.json")["ids"] == draw_ids([f"street {i}" for i in range(8)], 0.5)
+        assert seen[0] | seen[1] <= set(read(trained / "train_fraction.json")["ids"])
+
+        results = []
+        for processes in (1, 2):
+            output = tmp_path / f"scored by {processes}"
+            score = on_folder(folder, output, "--eval_only", "--model_name_or_path", trained, "--disable_tqdm", "True")
+            launch(ranks, *score, script=RECORDER, processes=processes)
+            assert read(ranks / "rank-0.json")["world_size"] == processes
+            results.append(read(output / "eval_results.json"))
+        timings = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
+        one, two = ({k: v for k, v in result.items() if k not in timings} for result in results)
+        assert one.pop("eval_loss") == pytest.approx(two.pop("eval_loss"), rel=1e-6)
+        assert one == two
+        assert one == {name: read(trained / "eval_results.json").get(name, value) for name, value in one.items()}
+
+
+class TestWrongInput:
+    """One line that names what is wrong, exit code 2, no traceback, nothing written."""
+
+    @pytest.fixture
+    def fails(self, folder, tmp_path, capsys):
+        output = tmp_path / "run"
+
+        def check(*parts, extra=(), untouched=True):
+            with pytest.raises(SystemExit) as stop:
+                run_seg_pals.main(on_folder(folder, output, *extra, *SHORT))
+            assert stop.value.code == 2
+            (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+            for part in parts:
+                assert str(part) in line
+            if untouched:
+                assert not output.exists()
+
+        return check
+
+    @pytest.mark.parametrize(
+        ("extra", "parts"),
+        [
+            (["--dataset_dir", "/nowhere/at/all"], ["/nowhere/at/all", "not a folder"]),
+            (["--train_fraction", "0"], ["train_fraction", "got 0.0"]),
+            (["--train_fraction", "1.5"], ["train_fraction", "got 1.5"]),
+            (["--loss", "dice"], ["--loss", "dice", "pals"]),
+            (["--beta", "1.5"], ["beta must lie in [0, 1], got 1.5"]),
+            (["--beta", "much"], ["--beta", "much"]),
+            (["--tau", "0"], ["tau must be positive"]),
+            (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor", "loss='label_smoothing'"][1:]),
+            (["--image_size", "32"], ["image_size", "two positive numbers"]),
+            (["--crop_size", "32", "0"], ["crop_size"]),
+            (["--no_such_flag", "1"], ["--no_such_flag"]),
+            (["--recipe", "/no/recipe.yaml"], ["/no/recipe.yaml"]),
+            (["--void_labels", "9"], ["value 11", "0..3"]),
+            (["--model_name_or_path", "/no/model"], ["/no/model"]),
+            (["--train_manifest", "/no/manifest.json"], ["/no/manifest.json"]),
+            (["--resume_from_checkpoint", "last"], ["no complete checkpoint"]),
+            (["--early_stopping_patience", "2"], ["load_best_model_at_end"]),
+            (["--eval_only"], ["model_name_or_path"]),
+            (["--scale_range", "2", "1"], ["scale_range"]),
+            (["--lr_scheduler_type", "triangle"], ["triangle"]),
+        ],
+        ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else "",
+    )
+    def test_flags(self, fails, extra, parts):
+        fails(*parts, extra=extra)
+
+    def test_image_without_mask(self, fails, folder):
+        (folder / "train" / "masks" / "street 1.png").unlink()
+        fails(folder / "train" / "images" / "street 1.jpg", "has no mask")
+
+    def test_truncated_image(self, fails, folder):
+        path = folder / "train" / "images" / "street 5.jpg"
+        path.write_bytes(path.read_bytes()[:300])
+        fails(path, "not a readable image")
+
+    def test_recipe_with_an_unknown_flag(self, fails, tmp_path):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("learning_rat: 1e-3")
+        fails(recipe, "learning_rat", extra=["--recipe", str(recipe)])
+
+    def test_output_folder_that_holds_a_run(self, fails, tmp_path):
+        (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+        fails(tmp_path / "run", "already holds a run", "--overwrite", untouched=False)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-3"]
+
+    def test_as_a_process(self, folder, tmp_path):
+        command = [sys.executable, str(SCRIPT), *on_folder(folder, tmp_path / "run", "--beta", "7")]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
+        assert result.stderr.strip().splitlines()[-1] == "error: beta must lie in [0, 1], got 7.0"
+
+
+CAMVID = ROOT.parent / "shared" / "data" / "camvid"
+BACKBONE = ROOT.parent / "shared" / "checkpoints" / "upernet-efficientnet-lite0-imagenet"
+
+
+@pytest.mark.skipif(
+    not (CAMVID.is_dir() and BACKBONE.is_dir()), reason="CamVid or the backbone is not beside the clone"
+)
+def test_camvid_with_a_pretrained_backbone(tmp_path):
+    pytest.importorskip("timm")
+    output = tmp_path / "run"
+    sizes = ["--image_size", "180", "240", "--crop_size", "180", "240"]
+    where = ["--dataset_dir", str(CAMVID), "--void_labels", "11", "--model_name_or_path", str(BACKBONE)]
+    steps = ["--train_fraction", "0.01", "--eval_strategy", "no", "--save_strategy", "no", "--output_dir", str(output)]
+    run_seg_pals.main([*where, *sizes, *steps, *SHORT])
+    results = read(output / "eval_results.json")
+    assert len(results["eval_per_category_iou"]) == 11
+    processor = read(output / "preprocessor_config.json")
+    assert processor["size"] == {"height": 180, "width": 240}
+    assert processor["image_mean"] == pytest.approx([127 / 255] * 3)

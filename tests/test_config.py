@@ -1,0 +1,72 @@
+import dataclasses
+import json
+import pickle
+
+import pytest
+from transformers import TrainingArguments
+
+from pals_hf import PALSConfig
+from pals_hf.errors import InputError
+from pals_hf.losses import PRESETS
+
+
+def test_presets_fill_what_is_not_given(tmp_path):
+    for preset, values in PRESETS.items():
+        config = PALSConfig(tmp_path, preset=preset)
+        assert {name: getattr(config, name) for name in values} == values
+    config = PALSConfig(tmp_path, preset="paper", beta=0.25)
+    assert (config.beta, config.tau) == (0.25, PRESETS["paper"]["tau"])
+
+
+def test_every_field_has_help():
+    assert not [field.name for field in dataclasses.fields(PALSConfig) if not field.metadata.get("help")]
+
+
+def test_docstring_lists_every_default_that_differs():
+    def default(field):
+        return field.default_factory() if field.default is dataclasses.MISSING else field.default
+
+    theirs = {field.name: default(field) for field in dataclasses.fields(TrainingArguments)}
+    changed = {
+        field.name
+        for field in dataclasses.fields(PALSConfig)
+        if field.name in theirs and default(field) != theirs[field.name]
+    }
+    assert changed
+    assert not [name for name in changed if f"`{name}`" not in PALSConfig.__doc__]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("loss", "dice", "loss must be one of pals, ce, label_smoothing, got 'dice'"),
+        ("preset", "mine", "preset must be one of default, paper"),
+        ("beta_schedule", "cosine", "beta_schedule must be one of"),
+        ("beta", 1.5, r"beta must lie in \[0, 1\], got 1.5"),
+        ("beta", -0.1, "beta must lie"),
+        ("smoothing", 2.0, "smoothing must lie"),
+        ("tau", 0.0, "tau must be positive"),
+        ("temperature", -1.0, "temperature must be positive"),
+        ("head_lr_multiplier", 0.0, "head_lr_multiplier must be positive"),
+        ("label_smoothing_factor", 0.1, "use loss='label_smoothing' with smoothing=0.1"),
+        ("remove_unused_columns", True, "remove_unused_columns must be False"),
+        ("batch_eval_metrics", False, "batch_eval_metrics must be True"),
+    ],
+)
+def test_refuses(tmp_path, field, value, message):
+    with pytest.raises(InputError, match=message):
+        PALSConfig(tmp_path, **{field: value})
+
+
+def test_beta_schedules(tmp_path):
+    assert [PALSConfig(tmp_path, beta=0.4).beta_at(x) for x in (0, 0.5, 1)] == [0.4, 0.4, 0.4]
+    linear = PALSConfig(tmp_path, beta=0.4, beta_schedule="linear")
+    assert [linear.beta_at(x) for x in (0, 0.5, 1)] == [0, 0.2, 0.4]
+
+
+def test_the_token_is_in_no_pickle_and_no_json(tmp_path):
+    config = PALSConfig(tmp_path, hub_token="hf_secret")
+    assert b"hf_secret" not in pickle.dumps(config)
+    assert "hf_secret" not in json.dumps(config.to_dict())
+    assert config.hub_token == "hf_secret"  # still there for pushing
+    assert pickle.loads(pickle.dumps(config)).beta == config.beta

@@ -1,0 +1,456 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ARCHITECTURES, NUM_LABELS, RAW_VOID, tiny_mobilenet_v2, tiny_segformer
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    EarlyStoppingCallback,
+    Mask2FormerConfig,
+    Mask2FormerModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    pipeline,
+)
+
+from pals_hf import PALSConfig, PALSLoss, PALSTrainer, SegmentationMetrics, load_segmentation_dataset
+from pals_hf.data import EvalTransform, TrainTransform, TransformedDataset, collate
+from pals_hf.errors import InputError
+from pals_hf.functional import upsample
+from pals_hf.models import build_image_processor, predict_mask
+from pals_hf.trainer import compute_loss_func, is_complete_checkpoint, last_complete_checkpoint
+
+NO_RANDOMNESS = {"classifier_dropout_prob": 0.0, "drop_path_rate": 0.0, "hidden_dropout_prob": 0.0}
+
+
+class Examples(Dataset):
+    """Random images whose share of void pixels differs: 0, 30, 60, 90 %."""
+
+    def __init__(self, count=4, size=(32, 48)):
+        generator = torch.Generator().manual_seed(3)
+        self.images = torch.randn(count, 3, *size, generator=generator)
+        self.labels = torch.randint(0, NUM_LABELS, (count, *size), generator=generator)
+        for index, labels in enumerate(self.labels):
+            labels[: round(size[0] * 0.3 * (index % 4))] = 255
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.images[index], "labels": self.labels[index]}
+
+
+def config(folder, **overrides):
+    settings = {
+        "max_steps": 1,
+        "logging_steps": 1,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "per_device_train_batch_size": 4,
+        "disable_tqdm": True,
+        "max_grad_norm": 1e9,
+    }
+    return PALSConfig(folder, **{**settings, **overrides})
+
+
+def logged(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+class StopAt(TrainerCallback):
+    """Interrupts a run, as a time limit would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+class TestTraining:
+    @pytest.mark.parametrize("loss", ["pals", "ce", "label_smoothing"])
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    def test_trains_a_step_and_comes_back(self, architecture, loss, tmp_path):
+        model = ARCHITECTURES[architecture]()
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        trainer = PALSTrainer(model, config(tmp_path, loss=loss), train_dataset=Examples(size=(64, 64)))
+        trainer.train()
+        trainer.save_model()
+        assert any(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+        loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path).eval()
+        images = torch.randn(1, 3, 64, 64)
+        torch.testing.assert_close(loaded(images).logits, model.eval()(images).logits, rtol=1e-5, atol=1e-6)
+        assert not any(layer._forward_hooks for layer in trainer._tap.layers.values())
+
+    @pytest.mark.parametrize("loss", ["pals", "ce", "label_smoothing"])
+    def test_mean_is_over_the_pixels_of_the_whole_batch(self, loss, tmp_path):
+        """4 x 1, 2 x 2 and 1 x 4 images with unevenly void masks: one gradient. Batch norm is frozen for it."""
+        norms, losses = [], []
+        for size in (4, 2, 1):
+            torch.manual_seed(0)
+            model = tiny_segformer(**NO_RANDOMNESS)
+            args = config(
+                tmp_path,
+                loss=loss,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=4 // size,
+                freeze_batch_norm=True,
+            )
+            trainer = PALSTrainer(model, args, train_dataset=Examples())
+            trainer.train()
+            norms += logged(trainer, "grad_norm")
+            losses += logged(trainer, "loss")
+        assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+        assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+    def test_cross_entropy_is_the_models_own(self, any_model, tmp_path):
+        any_model.eval()  # the same dropout and statistics on both sides
+        trainer = PALSTrainer(any_model, config(tmp_path, loss="ce"))
+        batch = collate([Examples(size=(64, 64))[index] for index in range(3)])
+        torch.testing.assert_close(trainer.compute_loss(any_model, batch), any_model(**batch).loss)
+
+    def test_all_void_batch(self, tmp_path):
+        examples = Examples()
+        examples.labels[:] = 255
+        trainer = PALSTrainer(model := tiny_segformer(), config(tmp_path), train_dataset=examples)
+        trainer.train()
+        assert logged(trainer, "loss") == [0.0]
+        assert logged(trainer, "grad_norm") == [0.0]
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+    def test_logs_the_parts_of_the_loss(self, tmp_path):
+        args = config(tmp_path, max_steps=4, logging_steps=2, per_device_train_batch_size=2, beta=0.4)
+        args.gradient_accumulation_steps = 2
+        trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples(8))
+        trainer.train()
+        lines = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert [line["step"] for line in lines] == [2, 4]
+        for line in lines:
+            mixed = 0.6 * line["loss_one_hot"] + 0.4 * line["loss_aggregated"]
+            assert line["loss"] == pytest.approx(mixed, rel=1e-5)
+            assert line["beta"] == 0.4
+            assert 0 < line["q_entropy"] <= math.log(NUM_LABELS) + 1e-6
+
+    def test_linear_schedule(self, tmp_path):
+        args = config(tmp_path, max_steps=4, beta=0.4, beta_schedule="linear")
+        trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples())
+        trainer.train()
+        assert logged(trainer, "beta") == pytest.approx([0.0, 0.1, 0.2, 0.3])
+
+    def test_cross_entropy_logs_no_q(self, tmp_path):
+        trainer = PALSTrainer(tiny_segformer(), config(tmp_path, loss="ce"), train_dataset=Examples())
+        trainer.train()
+        assert logged(trainer, "loss") == pytest.approx(logged(trainer, "loss_one_hot"))
+        assert not logged(trainer, "q_entropy")
+
+    def test_head_learns_faster(self, any_model, tmp_path):
+        trainer = PALSTrainer(any_model, config(tmp_path, learning_rate=1e-4, head_lr_multiplier=10.0))
+        optimizer = trainer.create_optimizer()
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert len(rates) == len(list(any_model.parameters()))
+        (layer,) = trainer._tap.layers.values()
+        assert rates[id(layer.weight)] == pytest.approx(1e-3)
+        assert rates[id(next(any_model.parameters()))] == pytest.approx(1e-4)
+        decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        assert decays[id(layer.weight)] == trainer.args.weight_decay
+        assert decays[id(layer.bias)] == 0
+
+    def test_frozen_backbone(self, tmp_path):
+        model = tiny_mobilenet_v2()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        trainer = PALSTrainer(model, config(tmp_path, freeze_backbone=True), train_dataset=Examples(size=(64, 64)))
+        trainer.train()
+        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        assert changed
+        assert not [name for name in changed if name.startswith("mobilenet_v2.")]
+
+    def test_frozen_batch_norm(self, tmp_path):
+        model = tiny_mobilenet_v2()
+        before = {name: value.clone() for name, value in model.state_dict().items() if "running" in name}
+        PALSTrainer(model, config(tmp_path, freeze_batch_norm=True), train_dataset=Examples(size=(64, 64))).train()
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+    def test_model_init(self, tmp_path):
+        trainer = PALSTrainer(args=config(tmp_path), model_init=lambda: tiny_segformer(), train_dataset=Examples())
+        trainer.train()
+        assert logged(trainer, "loss")[0] > 0
+
+    def test_gradient_checkpointing(self, tmp_path):
+        losses = []
+        for checkpointing in (False, True):
+            torch.manual_seed(0)
+            args = config(tmp_path, activation_checkpointing=checkpointing)
+            trainer = PALSTrainer(tiny_segformer(**NO_RANDOMNESS), args, train_dataset=Examples())
+            trainer.train()
+            losses.append((logged(trainer, "loss"), logged(trainer, "grad_norm")))
+        assert losses[0][0] == pytest.approx(losses[1][0])
+        assert losses[0][1] == pytest.approx(losses[1][1], rel=1e-4)
+
+    def test_bf16(self, tmp_path):
+        trainer = PALSTrainer(tiny_segformer(), config(tmp_path, bf16=True, use_cpu=True), train_dataset=Examples())
+        trainer.train()
+        assert 0 < logged(trainer, "loss")[0] < 10
+
+    def test_every_epoch_has_its_own_crops(self, folder, tmp_path):
+        data = load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID])
+        epochs = []
+
+        class Recording(TransformedDataset):
+            def __getitem__(self, index):
+                epochs.append(int(self._epoch))
+                return super().__getitem__(index)
+
+        dataset = Recording(data.train, TrainTransform(build_image_processor(None), (32, 32)))
+        PALSTrainer(tiny_segformer(), config(tmp_path, max_steps=6), train_dataset=dataset).train()
+        assert epochs == [0] * 8 + [1] * 8 + [2] * 8
+
+    def test_images_of_different_sizes_in_a_training_batch(self, tmp_path):
+        batch = collate([Examples(1, (32, 32))[0], Examples(1, (48, 32))[0]])
+        trainer = PALSTrainer(model := tiny_segformer(), config(tmp_path))
+        with pytest.raises(InputError, match="differ in size"):
+            trainer.compute_loss(model, batch)
+
+
+class TestEvaluation:
+    @pytest.fixture
+    def data(self, folder):
+        return load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID])
+
+    @pytest.mark.parametrize("batch_size", [1, 2])
+    @pytest.mark.parametrize("image_size", [None, (32, 32)])
+    def test_scores_each_image_at_its_own_size(self, data, image_size, batch_size, tmp_path):
+        """Against a loop over single images. Without image_size the images differ in size too."""
+        model, processor = tiny_segformer(id2label=data.id2label).eval(), build_image_processor(None, image_size)
+        metrics, total, pixels = SegmentationMetrics(NUM_LABELS), 0.0, 0
+        for example in data.validation:
+            inputs = EvalTransform(processor)(example["image"], example["labels"])
+            with torch.no_grad():
+                logits = upsample(model(inputs["pixel_values"][None]).logits, inputs["labels"].shape)
+            metrics.update(logits.argmax(dim=1)[0], inputs["labels"])
+            total += F.cross_entropy(logits, inputs["labels"][None], ignore_index=255, reduction="sum").item()
+            pixels += int((inputs["labels"] != 255).sum())
+
+        args = config(tmp_path, per_device_eval_batch_size=batch_size)
+        trainer = PALSTrainer(model, args, eval_dataset=TransformedDataset(data.validation, EvalTransform(processor)))
+        for _ in range(2):  # the second time must start from nothing
+            results = trainer.evaluate()
+            for name, value in metrics.compute().items():
+                assert results[f"eval_{name}"] == pytest.approx(value, abs=1e-3, nan_ok=True)
+            assert results["eval_loss"] == pytest.approx(total / pixels, rel=1e-5)
+        assert torch.equal(trainer.metrics.counts.sum(), metrics.counts.sum())
+
+    def test_gathers_one_count_matrix_per_image(self, data, tmp_path):
+        trainer = PALSTrainer(model := tiny_segformer(), config(tmp_path))
+        dataset = TransformedDataset(data.validation, EvalTransform(build_image_processor(None)))
+        loss, counts, losses = trainer.prediction_step(model, collate([dataset[0], dataset[1]]), False)
+        assert loss is None
+        assert counts.shape == (2, NUM_LABELS, NUM_LABELS)
+        assert losses.shape == (2, 2)
+        assert counts.sum(dim=(1, 2)).tolist() == losses[:, 1].tolist()
+
+    def test_pipeline_masks_are_the_predictions_of_evaluation(self, data, tmp_path):
+        processor = build_image_processor(None, (64, 64))
+        trainer = PALSTrainer(
+            model := tiny_segformer(id2label=data.id2label),
+            config(tmp_path, max_steps=2),
+            train_dataset=TransformedDataset(data.train, TrainTransform(processor, (64, 64))),
+            eval_dataset=TransformedDataset(data.validation, EvalTransform(processor)),
+            processing_class=processor,
+        )
+        trainer.train()
+        trainer.save_model()
+        results = trainer.evaluate()
+        segment = pipeline("image-segmentation", model=str(tmp_path))
+        metrics, label2id = SegmentationMetrics(NUM_LABELS), {name: label for label, name in data.id2label.items()}
+        for example in data.validation:
+            mask = torch.full((example["image"].height, example["image"].width), -1)
+            for segment_of_class in segment(example["image"]):
+                mask[torch.from_numpy(np.array(segment_of_class["mask"])) > 0] = label2id[segment_of_class["label"]]
+            assert torch.equal(mask, predict_mask(model, processor, example["image"]))
+            metrics.update(mask, torch.from_numpy(np.array(example["labels"])))
+        assert torch.equal(metrics.counts, trainer.metrics.counts)
+        assert metrics.compute()["mean_iou"] == results["eval_mean_iou"]
+
+    def test_undefined_values_are_null_in_every_file(self, tmp_path):
+        examples = Examples()
+        examples.labels[examples.labels == 2] = 255
+        examples.labels[examples.labels == 3] = 255
+        model = tiny_segformer()
+        with torch.no_grad():
+            model.decode_head.classifier.bias.copy_(torch.tensor([1e3, 0, 0, 0]))
+        trainer = PALSTrainer(
+            model, config(tmp_path, eval_strategy="steps", save_strategy="steps"), eval_dataset=examples
+        )
+        metrics = trainer.evaluate()
+        assert math.isnan(metrics["eval_per_category_iou"][2])
+        trainer.save_metrics("eval", metrics)
+        trainer.save_state()
+        for name in ("eval_results.json", "trainer_state.json"):
+            json.loads((tmp_path / name).read_text(), parse_constant=pytest.fail)
+        saved = json.loads((tmp_path / "eval_results.json").read_text())
+        assert saved["eval_per_category_iou"][2] is None
+
+    def test_nothing_to_score(self, tmp_path):
+        examples = Examples()
+        examples.labels[:] = 255
+        args = config(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
+        trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples(), eval_dataset=examples)
+        trainer.train()
+        assert logged(trainer, "eval_mean_iou") == [None, None]
+
+    def test_best_checkpoint_and_early_stopping(self, tmp_path):
+        args = config(
+            tmp_path,
+            max_steps=30,
+            learning_rate=0.5,  # ruins the network at once
+            eval_strategy="steps",
+            save_strategy="steps",
+            eval_steps=1,
+            save_steps=1,
+            load_best_model_at_end=True,
+        )
+        trainer = PALSTrainer(
+            tiny_segformer(**NO_RANDOMNESS),
+            args,
+            train_dataset=Examples(),
+            eval_dataset=Examples(),
+            callbacks=[EarlyStoppingCallback(2, early_stopping_threshold=0.5)],
+        )
+        trainer.train()
+        assert trainer.state.global_step == 3
+        assert trainer.state.best_metric == pytest.approx(max(logged(trainer, "eval_mean_iou")))
+        best = AutoModelForSemanticSegmentation.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
+        assert all(torch.equal(value, best[name]) for name, value in trainer.model.state_dict().items())
+
+    def test_several_evaluation_sets(self, tmp_path):
+        trainer = PALSTrainer(tiny_segformer(), config(tmp_path), eval_dataset={"a": Examples(1), "b": Examples(4)})
+        results = trainer.evaluate()
+        assert {"eval_a_mean_iou", "eval_b_mean_iou", "eval_a_loss", "eval_b_loss"} <= results.keys()
+        assert trainer.metrics.counts.sum() == (Examples(4).labels != 255).sum()
+
+    def test_needs_labels(self, tmp_path):
+        trainer = PALSTrainer(model := tiny_segformer(), config(tmp_path))
+        with pytest.raises(InputError, match="evaluation needs labels"):
+            trainer.prediction_step(model, {"pixel_values": torch.randn(1, 3, 32, 32)}, False)
+
+
+class TestRefuses:
+    def test_a_model_that_predicts_masks(self, tmp_path):
+        sizes = {"hidden_dim": 32, "encoder_feedforward_dim": 16, "dim_feedforward": 16, "num_attention_heads": 2}
+        settings = {**sizes, "encoder_layers": 1, "decoder_layers": 2, "feature_size": 32, "mask_feature_size": 32}
+        settings["backbone_config"] = {
+            "model_type": "swin",
+            "embed_dim": 8,
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1] * 4,
+        }
+        settings["backbone_config"]["out_features"] = ["stage1", "stage2", "stage3", "stage4"]
+        model = Mask2FormerModel(Mask2FormerConfig(**settings))
+        with pytest.raises(InputError, match="'mask2former' models"):
+            PALSTrainer(model, config(tmp_path))
+
+    def test_one_class(self, tmp_path):
+        with pytest.raises(InputError, match="num_labels=1"):
+            PALSTrainer(tiny_segformer(num_labels=1), config(tmp_path))
+
+    @pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func"])
+    def test_functions_it_has_itself(self, name, tmp_path):
+        with pytest.raises(InputError, match=name):
+            PALSTrainer(tiny_segformer(), config(tmp_path), **{name: print})
+
+
+def test_no_token_in_any_saved_file(tmp_path):
+    args = config(tmp_path, hub_token="hf_secret", save_strategy="steps", save_steps=1, push_to_hub=False)
+    trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples())
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert "training_args.bin" in {path.name for path in files}
+    assert not [path for path in files if b"hf_secret" in path.read_bytes()]
+
+
+class TestComputeLossFunc:
+    """The adapter for a plain Trainer."""
+
+    def train(self, tmp_path, size, examples, ignore_index):
+        torch.manual_seed(0)
+        model = tiny_segformer(**NO_RANDOMNESS)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0
+                module.track_running_stats = False
+        args = TrainingArguments(
+            tmp_path,
+            max_steps=1,
+            logging_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=len(examples) // size,
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            save_strategy="no",
+            max_grad_norm=1e9,
+            dataloader_pin_memory=False,
+        )
+        loss = PALSLoss(ignore_index=ignore_index)
+        trainer = Trainer(
+            model,
+            args,
+            train_dataset=examples,
+            data_collator=collate,
+            compute_loss_func=compute_loss_func(loss, model),
+        )
+        trainer.train()
+        return logged(trainer, "loss")[0]
+
+    def test_one_batch_is_exact_with_any_ignore_index(self, tmp_path):
+        value = self.train(tmp_path, 4, Examples(), 255)
+        torch.manual_seed(0)
+        model = tiny_segformer(**NO_RANDOMNESS)
+        trainer = PALSTrainer(model, config(tmp_path))
+        batch = collate([Examples()[index] for index in range(4)])
+        expected = trainer.compute_loss(model.train(), batch)
+        assert value == pytest.approx(expected.item(), rel=1e-5)
+
+    def test_accumulation_is_exact_with_trainers_own_void(self, tmp_path):
+        """One image fills every micro-batch, so that batch statistics are the same: only the pixel counts differ."""
+        examples = Examples(1)
+        images, labels = examples.images.repeat(4, 1, 1, 1), Examples(4).labels
+        labels[labels == 255] = -100
+        examples.images, examples.labels = images, labels
+        values = [self.train(tmp_path, size, examples, -100) for size in (4, 1)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+class TestCheckpoints:
+    def test_resume_goes_on_where_it_stopped(self, tmp_path):
+        runs = {}
+        for name, stop in (("whole", None), ("broken", 2)):
+            folder = tmp_path / name
+            for resume in (None,) if stop is None else (None, True):
+                torch.manual_seed(0)
+                args = config(folder, max_steps=4, save_strategy="steps", save_steps=2, save_total_limit=None)
+                trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples(8))
+                if stop is not None and resume is None:
+                    trainer.add_callback(StopAt(stop))
+                trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
+            runs[name] = trainer.model.state_dict()
+            assert trainer.state.global_step == 4
+        assert all(torch.equal(value, runs["broken"][name]) for name, value in runs["whole"].items())
+
+    def test_half_written_checkpoints_are_passed_over(self, tmp_path):
+        assert last_complete_checkpoint(tmp_path) is None
+        for step, state in ((5, "{}"), (10, "{}"), (15, '{"half'), (20, None)):
+            folder = tmp_path / f"checkpoint-{step}"
+            folder.mkdir()
+            if state is not None:
+                (folder / "trainer_state.json").write_text(state)
+        assert last_complete_checkpoint(tmp_path).name == "checkpoint-10"
+        assert not is_complete_checkpoint(tmp_path / "checkpoint-15")
+        assert not is_complete_checkpoint(tmp_path / "checkpoint-20")
