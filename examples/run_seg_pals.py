@@ -15,18 +15,21 @@ from a recipe: `--recipe settings.yaml`; flags on the command line win.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
 import time
+import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import torch
 import yaml
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from transformers import (
     AutoImageProcessor,
     AutoModelForSemanticSegmentation,
@@ -39,8 +42,15 @@ from transformers import (
 from transformers.utils import is_matplotlib_available
 
 from pals_hf import PALSConfig, PALSTrainer, load_segmentation_dataset
-from pals_hf.data import EvalTransform, FractionManifest, SegmentationData, TrainTransform, TransformedDataset
-from pals_hf.errors import InputError
+from pals_hf.data import (
+    IGNORE_INDEX,
+    EvalTransform,
+    FractionManifest,
+    SegmentationData,
+    TrainTransform,
+    TransformedDataset,
+)
+from pals_hf.errors import InputError, first_line
 from pals_hf.models import build_image_processor, build_model, predict_mask
 from pals_hf.trainer import is_complete_checkpoint, last_complete_checkpoint
 from pals_hf.visualize import prediction_sheet, training_curves
@@ -75,8 +85,9 @@ class ScriptArguments:
     validation_share: float = field(
         default=0.2, metadata={"help": "Cut off from the training images where there is no validation split."}
     )
+    validation_seed: int = field(default=0, metadata={"help": "Seed of that cut."})
     train_fraction: float = field(default=1.0, metadata={"help": "Share of the training images to use."})
-    split_seed: int = field(default=0, metadata={"help": "Seed of that share and of a validation cut."})
+    split_seed: int = field(default=0, metadata={"help": "Seed of that share: another seed, another draw."})
     train_manifest: str | None = field(
         default=None, metadata={"help": f"{MANIFEST} of another run: train on exactly its images."}
     )
@@ -87,7 +98,7 @@ class ScriptArguments:
         default=None, metadata={"help": "H W of training crops. Default: the size of the training images."}
     )
     scale_range: list[float] = field(
-        default_factory=lambda: [0.5, 2.0],
+        default_factory=lambda: [0.75, 1.5],
         metadata={"help": "LOW HIGH: training images are resized by a random factor."},
     )
     color_jitter: float = field(default=0.3, metadata={"help": "Random brightness, contrast, saturation; 0 for none."})
@@ -124,82 +135,110 @@ class OneLineParser(HfArgumentParser):
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        args, config = parse_arguments(argv)
+        args, config = parse_arguments(sys.argv[1:] if argv is None else argv)
         set_threads(args.num_threads)
         choose_output_dir(args, config)
         data, manifest = load_data(args)
         trainer = build_trainer(args, config, data)
         if not args.eval_only:
             claim_output_dir(args, config, manifest)
+            train(trainer)
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    if not args.eval_only:
-        train(trainer)
+        fail(error)
     report(trainer, data, trainer.evaluate())
     trainer.end()
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[ScriptArguments, PALSConfig]:
+def fail(error: InputError) -> NoReturn:
+    """End with one line and exit code 2."""
+    if not is_main_process():
+        # The launcher ends all processes once one has failed: let it be the one that speaks.
+        time.sleep(10)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def parse_arguments(argv: list[str]) -> tuple[ScriptArguments, PALSConfig]:
     parser = OneLineParser(
         (ScriptArguments, PALSConfig), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.set_defaults(output_dir="")  # stands for a new folder
-    recipe_parser = OneLineParser(ScriptArguments, add_help=False)
-    recipe = recipe_parser.parse_known_args(argv)[0].recipe
+    recipe = OneLineParser(ScriptArguments, add_help=False).parse_known_args(argv)[0].recipe
     if recipe is not None:
-        known = {action.dest for action in parser._actions}
-        parser.set_defaults(**read_recipe(Path(recipe), known))
+        argv = [*read_recipe(Path(recipe), {action.dest for action in parser._actions}), *argv]
     try:
-        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        args, config = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:
         raise InputError(str(error)) from error
+    if config.ignore_index != IGNORE_INDEX:
+        raise InputError(f"ignore_index must be {IGNORE_INDEX}: raw void values are mapped to it by void_labels")
+    return args, config
 
 
-def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
+def read_recipe(path: Path, known: set[str]) -> list[str]:
+    """A recipe as the command line it stands for, so that one parser checks both."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"recipe {path} cannot be read: {error}") from error
     if not isinstance(recipe, dict):
         raise InputError(f"recipe {path} must hold flags and their values, like `learning_rate: 2e-4`")
-    unknown = sorted(set(recipe) - known)
-    if unknown:
-        raise InputError(f"recipe {path}: there is no flag {', '.join(unknown)}")
-    return recipe
+    argv = []
+    for name, value in recipe.items():
+        if name not in known:
+            raise InputError(f"recipe {path}: there is no flag {name}")
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        argv += [f"--{name}", *map(str, values)] if value is not None else []
+    return argv
 
 
 def set_threads(num_threads: int | None) -> None:
     """Use all cores: `accelerate launch` alone leaves each process one thread."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if num_threads is not None and num_threads < 1:
+        raise InputError(f"num_threads must be positive, got {num_threads}")
     torch.set_num_threads(num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def choose_output_dir(args: ScriptArguments, config: PALSConfig) -> None:
     """Settle where the run goes and what it resumes, without writing anything yet."""
-    resume = config.resume_from_checkpoint
-    if not config.output_dir and resume not in (None, "last"):
-        config.output_dir = str(Path(resume).parent)
+    if config.resume_from_checkpoint is not None:
+        checkpoint = find_checkpoint(config.resume_from_checkpoint, config.output_dir)
+        config.resume_from_checkpoint = str(checkpoint)
+        config.output_dir = config.output_dir or str(checkpoint.parent)
     if not config.output_dir:
-        what = "eval" if args.eval_only else f"{config.loss}-{args.train_fraction:g}"
-        name = [f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{what}"]
-        config.output_dir = broadcast_object_list(name)[0]
+        what = "eval" if args.eval_only else f"{config.loss}-{args.train_fraction:g}-seed{config.seed}"
+        name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{what}-{uuid.uuid4().hex[:4]}"
+        config.output_dir = broadcast_object_list([name])[0]
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file")
-    if resume is not None:
-        checkpoint = last_complete_checkpoint(folder) if resume == "last" else Path(resume)
-        if checkpoint is None or not is_complete_checkpoint(checkpoint):
-            raise InputError(f"resume_from_checkpoint {resume}: no complete checkpoint at {checkpoint or folder}")
-        config.resume_from_checkpoint = str(checkpoint)
-    elif files_of_a_run(folder) and not args.overwrite:
+    if files_of_a_run(folder) and not args.overwrite and not goes_on_in(folder, config):
         raise InputError(
-            f"output_dir {folder} already holds a run: use --overwrite, --resume_from_checkpoint or another"
+            f"output_dir {folder} already holds a run: use --overwrite, --resume_from_checkpoint or another folder"
         )
 
 
+def find_checkpoint(resume: str, output_dir: str) -> Path:
+    """The checkpoint that `last`, a run's folder or a checkpoint's own path means."""
+    path = Path(output_dir or ".") if resume == "last" else Path(resume)
+    checkpoint = path if is_complete_checkpoint(path) else last_complete_checkpoint(path)
+    if checkpoint is None:
+        raise InputError(f"resume_from_checkpoint {resume}: there is no complete checkpoint at {path}")
+    return checkpoint
+
+
+def goes_on_in(folder: Path, config: PALSConfig) -> bool:
+    resume = config.resume_from_checkpoint
+    return resume is not None and Path(resume).resolve().parent == folder.resolve()
+
+
 def files_of_a_run(folder: Path) -> list[Path]:
-    patterns = ("checkpoint-*", "model*.safetensors", "*_results.json", "trainer_state.json", MANIFEST)
+    patterns = ("checkpoint-*", "model*.safetensors", "*_results.json", "trainer_state.json")
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
@@ -216,7 +255,7 @@ def load_data(args: ScriptArguments) -> tuple[SegmentationData, FractionManifest
         id2label=args.id2label,
         void_labels=args.void_labels,
         validation_share=args.validation_share,
-        validation_seed=args.split_seed,
+        validation_seed=args.validation_seed,
     )
     if args.train_manifest is not None:
         manifest = FractionManifest.load(args.train_manifest)
@@ -240,14 +279,17 @@ def build_trainer(args: ScriptArguments, config: PALSConfig, data: SegmentationD
     first = data.train[0]["image"]
     crop_size = args.crop_size or args.image_size or (first.height, first.width)
     augment = TrainTransform(processor, crop_size, args.scale_range, args.color_jitter)
-    return PALSTrainer(
-        model,
-        config,
-        train_dataset=TransformedDataset(data.train, augment, seed=config.seed),
-        eval_dataset=TransformedDataset(data.validation, EvalTransform(processor)),
-        processing_class=processor,
-        callbacks=callbacks,
-    )
+    try:
+        return PALSTrainer(
+            model,
+            config,
+            train_dataset=TransformedDataset(data.train, augment, seed=config.seed),
+            eval_dataset=TransformedDataset(data.validation, EvalTransform(processor)),
+            processing_class=processor,
+            callbacks=callbacks,
+        )
+    except ValueError as error:  # arguments that do not go together, or a service in report_to that is not installed
+        raise InputError(str(error)) from error
 
 
 def load_finished(args: ScriptArguments, data: SegmentationData) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -255,8 +297,8 @@ def load_finished(args: ScriptArguments, data: SegmentationData) -> tuple[PreTra
     try:
         model = AutoModelForSemanticSegmentation.from_pretrained(args.model_name_or_path)
         processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load {args.model_name_or_path!r}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"cannot load {args.model_name_or_path!r}: {first_line(error)}") from error
     if model.config.num_labels != len(data.id2label):
         raise InputError(
             f"{args.model_name_or_path} knows {model.config.num_labels} classes, the data set {len(data.id2label)}"
@@ -268,18 +310,15 @@ def claim_output_dir(args: ScriptArguments, config: PALSConfig, manifest: Fracti
     """Make the folder this run's own. All input has been checked by now."""
     folder = Path(config.output_dir)
     if config.resume_from_checkpoint is not None:
-        if (folder / MANIFEST).exists() and FractionManifest.load(folder / MANIFEST) != manifest:
-            raise InputError(f"the run in {folder} trains on other images: see its {MANIFEST}")
-    elif is_main_process():
-        for path in files_of_a_run(folder):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        recorded = Path(config.resume_from_checkpoint).parent / MANIFEST
+        if recorded.exists() and FractionManifest.load(recorded) != manifest:
+            raise InputError(f"{config.resume_from_checkpoint} was trained on other images: see {recorded}")
     if is_main_process():
+        if not goes_on_in(folder, config):
+            for path in files_of_a_run(folder):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         manifest.save(folder / MANIFEST)
-
-
-def is_main_process() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 def train(trainer: PALSTrainer) -> None:

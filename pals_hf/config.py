@@ -12,6 +12,7 @@ from .losses import PRESETS
 
 LOSSES = ("pals", "ce", "label_smoothing")
 BETA_SCHEDULES = ("constant", "linear")
+POLY = {"power": 0.9, "lr_end": 0.0}  # the usual schedule of segmentation
 
 
 def _preset_help(text: str, name: str) -> str:
@@ -26,7 +27,8 @@ class PALSConfig(TrainingArguments):
     steps, with a new head on an old backbone, and is judged by mean IoU:
 
     - `learning_rate` 2e-4 instead of 5e-5 (the backbone's; the head's is `head_lr_multiplier` times as much);
-    - `lr_scheduler_type` "polynomial" with `lr_scheduler_kwargs` `{"power": 0.9, "lr_end": 0.0}` instead of "linear";
+    - `lr_scheduler_type` "polynomial" instead of "linear", with power 0.9 and end 0 unless `lr_scheduler_kwargs` is
+      given;
     - `weight_decay` 0.01 instead of 0;
     - `num_train_epochs` 50 instead of 3;
     - `logging_steps` 10 instead of 500;
@@ -46,7 +48,8 @@ class PALSConfig(TrainingArguments):
     loss: str = field(
         default="pals",
         metadata={
-            "help": "What to train with: `pals` (pixel-wise adaptive label smoothing), `ce` (cross-entropy) or `label_smoothing` (uniform).",
+            "help": "What to train with: `pals` (pixel-wise adaptive label smoothing), `ce` (cross-entropy) or "
+            "`label_smoothing` (uniform).",
             "choices": LOSSES,
         },
     )
@@ -103,10 +106,12 @@ class PALSConfig(TrainingArguments):
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of the backbone."})
     lr_scheduler_type: str = field(default="polynomial", metadata={"help": "The learning rate schedule."})
     lr_scheduler_kwargs: dict | str | None = field(
-        default_factory=lambda: {"power": 0.9, "lr_end": 0.0},
-        metadata={"help": "Arguments of the learning rate schedule, as JSON."},
+        default=None,
+        metadata={"help": f"Arguments of the schedule, as JSON. Default for `polynomial`: {POLY}."},
     )
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay; norms and biases have none."})
+    weight_decay: float = field(
+        default=0.01, metadata={"help": "Weight decay of matrices and kernels; norms and biases have none."}
+    )
     num_train_epochs: float = field(default=50.0, metadata={"help": "Passes over the training images."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps, or this share of the run."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: `no`, `steps` or `epoch`."})
@@ -130,21 +135,25 @@ class PALSConfig(TrainingArguments):
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self._check_pals_fields()
+        if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "polynomial":
+            self.lr_scheduler_kwargs = dict(POLY)
+        self._check_fields()
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch warns at every epoch
 
-    def _check_pals_fields(self) -> None:
+    def _check_fields(self) -> None:
         for name, allowed in (("loss", LOSSES), ("beta_schedule", BETA_SCHEDULES)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("beta", "smoothing"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        for name in ("tau", "temperature", "head_lr_multiplier"):
+        for name in ("tau", "temperature", "head_lr_multiplier", "per_device_train_batch_size"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise InputError(f"num_train_epochs must be positive without max_steps, got {self.num_train_epochs}")
         if self.label_smoothing_factor:
             raise InputError(
                 "label_smoothing_factor smooths over the last axis, which in segmentation is not the classes: "

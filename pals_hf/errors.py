@@ -1,5 +1,10 @@
-"""The one exception for what a user can mend: it names the file, field and value and says what to do."""
+"""The one exception for what a user can mend, and how to quote another library's error in it."""
 
 
 class InputError(ValueError):
-    """Data, a flag or a model that cannot be used as given. The message is one line."""
+    """Data, a flag or a model that cannot be used as given. One line: file, field, value, and what to do."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that says something, or its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -17,11 +19,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .functional import upsample
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 
@@ -40,7 +41,7 @@ class ClassifierTap:
         >>> features, logits = tap.read()
 
     Args:
-        model: any network with `config.num_labels`, unwrapped or wrapped in DDP, FSDP or `torch.compile`.
+        model: any network with `config.num_labels`. Its hooks also fire when it runs inside DDP or `torch.compile`.
 
     Raises:
         InputError: no layer fits; the message says which layers were looked at.
@@ -148,7 +149,7 @@ def build_model(name_or_path: str | None, id2label: dict[int, str]) -> PreTraine
     try:
         config = AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the model {name_or_path!r}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"cannot load the model {name_or_path!r}: {first_line(error)}") from error
     config.id2label, config.label2id = id2label, label2id
     refuse_unsuitable(config)
     if hasattr(config, "use_auxiliary_head"):
@@ -157,9 +158,8 @@ def build_model(name_or_path: str | None, id2label: dict[int, str]) -> PreTraine
         return AutoModelForSemanticSegmentation.from_pretrained(
             name_or_path, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
         )
-    except (ImportError, OSError) as error:
-        reason = next(line for line in str(error).splitlines() if line.strip())
-        raise InputError(f"cannot load the model {name_or_path!r}: {reason}") from error
+    except (ImportError, OSError, SafetensorError) as error:
+        raise InputError(f"cannot load the model {name_or_path!r}: {first_line(error)}") from error
 
 
 def build_image_processor(name_or_path: str | None, image_size: tuple[int, int] | None = None) -> BaseImageProcessor:
@@ -185,7 +185,23 @@ def build_image_processor(name_or_path: str | None, image_size: tuple[int, int] 
     for option in ("do_center_crop", "do_pad", "do_reduce_labels", "keep_aspect_ratio"):
         if getattr(processor, option, None):
             setattr(processor, option, False)
+    if getattr(processor, "ensure_multiple_of", None):
+        processor.ensure_multiple_of = 1
+    _check_size(processor, image_size)
     return processor
+
+
+def _check_size(processor: BaseImageProcessor, image_size: tuple[int, int] | None) -> None:
+    """Try the processor on a picture: some have ways of their own to change its size."""
+    height, width = 40, 72
+    name = type(processor).__name__
+    try:
+        made = processor(images=Image.new("RGB", (width, height)), return_tensors="pt")["pixel_values"].shape[2:]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{name} cannot resize to image_size {image_size}: {error}") from error
+    wanted = (height, width) if image_size is None else tuple(image_size)
+    if tuple(made) != wanted:
+        raise InputError(f"{name} makes a {height}x{width} image {made[0]}x{made[1]}, not {wanted[0]}x{wanted[1]}")
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:
@@ -201,7 +217,7 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
 
 
 @torch.inference_mode()
-def predict_mask(model: PreTrainedModel, processor: BaseImageProcessor, image: Image) -> Tensor:
+def predict_mask(model: PreTrainedModel, processor: BaseImageProcessor, image: Image.Image) -> Tensor:
     """Class indices `(H, W)` for one picture at its own size, as evaluation and `pipeline` predict them."""
     pixel_values = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"].to(model.device)
     logits = model(pixel_values=pixel_values).logits

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import broadcast
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .config import PALSConfig
 from .data import collate
-from .errors import InputError
+from .errors import InputError, first_line
 from .functional import upsample
 from .losses import CrossEntropyLoss, LabelSmoothingLoss, PALSLoss
 from .metrics import SegmentationMetrics, confusion_matrix, nan_to_none
-from .models import ClassifierTap, backbone_of, refuse_unsuitable
+from .models import ClassifierTap, backbone_of
 
 logger = logging.get_logger(__name__)
+
+_CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
 def build_loss(config: PALSConfig) -> nn.Module:
@@ -74,25 +79,33 @@ class PALSTrainer(Trainer):
         for name in ("compute_loss_func", "compute_metrics"):
             if kwargs.get(name) is not None:
                 raise InputError(f"PALSTrainer has its own {name}: use PALSConfig.loss, or a plain Trainer")
+        args = PALSConfig() if args is None else args
+        if not isinstance(args, PALSConfig):
+            raise InputError(f"PALSTrainer needs a PALSConfig, got {type(args).__name__}")
         if model is not None:
-            refuse_unsuitable(model.config)
-        if args is None:
-            args = PALSConfig()
+            self._adopt(model, args)
         if args.n_gpu > 1:
             logger.warning(
                 "One process sees %d GPUs and uses the first; use all of them with `accelerate launch`.", args.n_gpu
             )
             args._n_gpu = 1  # nn.DataParallel copies modules between threads, out of reach of the tap
         super().__init__(model, args, data_collator=data_collator or collate, **kwargs)
-        self._tap = ClassifierTap(self.model)
         self.loss_function = build_loss(args)
         self.metrics = SegmentationMetrics(self.model.config.num_labels, args.ignore_index)
         self.compute_metrics = self._stream_metrics
-        self._eval_loss = torch.zeros(2, dtype=torch.float64)
+        self._cross_entropy_sum = 0.0
         self._loss_parts: Counter[str] = Counter()
-        if args.freeze_backbone:
-            backbone_of(self.model).requires_grad_(False)
         self.add_callback(_EpochCallback(self))
+
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
+        model = super().call_model_init(trial)
+        self._adopt(model, self.args)
+        return model
+
+    def _adopt(self, model: PreTrainedModel, args: PALSConfig) -> None:
+        self._tap = ClassifierTap(model)
+        if args.freeze_backbone:
+            backbone_of(model).requires_grad_(False)
 
     # ---- Loss ----
 
@@ -107,10 +120,6 @@ class PALSTrainer(Trainer):
 
         Without `num_items_in_batch` the mean over this micro-batch.
         """
-        if self._tap.model is not self.model:  # model_init made a new one
-            self._tap = ClassifierTap(self.model)
-        if isinstance(inputs["pixel_values"], list):
-            raise InputError("images of one training batch differ in size: crop them to one size in the transform")
         if model.training:
             self._freeze_statistics()
         with self._tap:
@@ -130,6 +139,8 @@ class PALSTrainer(Trainer):
         """The number of labelled pixels in all micro-batches of all processes: the parent counts void pixels too."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
+        if any(isinstance(value, list) for batch in batch_samples for value in batch.values()):
+            raise InputError("images of one training batch differ in size: crop them to one size in the transform")
         count = sum((batch["labels"] != self.args.ignore_index).sum() for batch in batch_samples)
         return self.accelerator.gather(count.to(device)).sum()
 
@@ -140,6 +151,11 @@ class PALSTrainer(Trainer):
             for module in root.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices and kernels. The parent goes by names, and would decay the norms of some backbones."""
+        vectors = {name for name, parameter in model.named_parameters() if parameter.ndim < 2}
+        return [name for name in super().get_decay_parameter_names(model) if name not in vectors]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The parent's optimizer, with the head's parameters in groups of their own learning rate."""
@@ -161,13 +177,12 @@ class PALSTrainer(Trainer):
     # ---- Logging ----
 
     def _record_parts(self, scaled: bool) -> None:
-        parts = self.loss_function.parts
         scale = self.accelerator.num_processes if scaled else 1
-        for name in ("one_hot", "aggregated"):
-            if name in parts:
-                self._loss_parts[f"loss_{name}"] += parts[name] * scale
-        if "entropy" in parts:
-            self._loss_parts["entropy"] += parts["entropy"]
+        for name, value in self.loss_function.parts.items():
+            if name == "entropy":
+                self._loss_parts["q_entropy"] += value
+            else:
+                self._loss_parts[f"loss_{name}"] += value * scale
         self._loss_parts["micro_batches"] += 1
         self._loss_parts["steps"] += int(self.accelerator.sync_gradients)  # the last micro-batch of a step
 
@@ -176,11 +191,10 @@ class PALSTrainer(Trainer):
         parts, self._loss_parts = dict(self._loss_parts), Counter()
         steps, micro_batches = parts.pop("steps"), parts.pop("micro_batches")
         means = {
-            name: self.accelerator.reduce(value, "mean").item() / (micro_batches if name == "entropy" else steps)
+            name: self.accelerator.reduce(value, "mean").item() / (micro_batches if name == "q_entropy" else steps)
             for name, value in parts.items()
         }
-        if "entropy" in means:
-            means["q_entropy"] = means.pop("entropy")
+        if isinstance(self.loss_function, PALSLoss):
             means["beta"] = self.loss_function.beta
         return means
 
@@ -206,9 +220,12 @@ class PALSTrainer(Trainer):
         """
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        restored, info = type(self.model).from_pretrained(
-            resume_from_checkpoint, config=self.model.config, dtype=self.model.dtype, output_loading_info=True
-        )
+        try:
+            restored, info = type(self.model).from_pretrained(
+                resume_from_checkpoint, config=self.model.config, dtype=self.model.dtype, output_loading_info=True
+            )
+        except (OSError, RuntimeError, SafetensorError) as error:  # damaged, or of a model of another shape
+            raise InputError(f"cannot load checkpoint {resume_from_checkpoint}: {first_line(error)}") from error
         if info["missing_keys"]:
             raise InputError(f"checkpoint {resume_from_checkpoint} lacks the weights {sorted(info['missing_keys'])}")
         self.model.load_state_dict(restored.state_dict())
@@ -223,7 +240,11 @@ class PALSTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
         self.metrics.reset()
-        self._eval_loss.zero_()
+        self._cross_entropy_sum = 0.0
+        # Each process has batch statistics of its own since its last step; what is saved, and so what is scored, are
+        # those of the main process.
+        for buffer in self.model.buffers():
+            broadcast(buffer)
         return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
@@ -236,8 +257,8 @@ class PALSTrainer(Trainer):
         """Score each image of a batch at its own mask's size.
 
         Returns:
-            None, one int64 count matrix per image `(b, C, C)`, and `(b, 2)`: the summed cross-entropy and the number
-            of labelled pixels of each image. These are what is gathered over processes.
+            None, one int64 count matrix per image `(b, C, C)`, and the summed cross-entropy of each image `(b,)`.
+            These are what is gathered over processes.
         """
         if "labels" not in inputs:
             raise InputError("evaluation needs labels; for pictures without, use pipeline('image-segmentation')")
@@ -249,8 +270,9 @@ class PALSTrainer(Trainer):
                 predictions = logits.argmax(dim=1)[0]
                 ignore_index = self.args.ignore_index
                 counts.append(confusion_matrix(predictions, labels, self.metrics.num_labels, ignore_index))
-                total = nn.functional.cross_entropy(logits, labels[None], ignore_index=ignore_index, reduction="sum")
-                losses.append(torch.stack([total, (labels != ignore_index).sum().to(total.dtype)]))
+                losses.append(
+                    nn.functional.cross_entropy(logits, labels[None], ignore_index=ignore_index, reduction="sum")
+                )
         return None, torch.stack(counts), torch.stack(losses)
 
     def _logits_of(self, model: nn.Module, pixel_values: Tensor | list[Tensor]):
@@ -261,11 +283,11 @@ class PALSTrainer(Trainer):
 
     def _stream_metrics(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, Any]:
         self.metrics.add_counts(prediction.predictions)
-        self._eval_loss += prediction.label_ids.double().sum(dim=0).cpu()
+        self._cross_entropy_sum += prediction.label_ids.cpu().double().sum().item()
         if not compute_result:
             return {}
-        total, pixels = self._eval_loss.tolist()
-        return {"loss": total / pixels if pixels else float("nan"), **self.metrics.compute()}
+        pixels = int(self.metrics.counts.sum())
+        return {"loss": self._cross_entropy_sum / pixels if pixels else float("nan"), **self.metrics.compute()}
 
 
 class _EpochCallback(TrainerCallback):
@@ -310,15 +332,16 @@ def compute_loss_func(loss: nn.Module, model: nn.Module) -> Callable[..., Tensor
 
 
 def is_complete_checkpoint(folder: str | os.PathLike) -> bool:
-    """Whether Trainer finished writing a checkpoint: its state is what it writes last."""
+    """Whether `folder` is a `checkpoint-STEP` that Trainer finished writing: its state is what it writes last."""
+    folder = Path(folder)
     try:
-        json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return True
+    return _CHECKPOINT_NAME.fullmatch(folder.name) is not None and (folder / SCHEDULER_NAME).exists()
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     """The newest complete checkpoint of a run, or None: a crash may have left the newest one half-written."""
-    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete_checkpoint(path)]
+    folders = [path for path in Path(output_dir).glob("*") if is_complete_checkpoint(path)]
     return max(folders, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)

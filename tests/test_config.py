@@ -47,6 +47,8 @@ def test_docstring_lists_every_default_that_differs():
         ("smoothing", 2.0, "smoothing must lie"),
         ("tau", 0.0, "tau must be positive"),
         ("temperature", -1.0, "temperature must be positive"),
+        ("per_device_train_batch_size", 0, "per_device_train_batch_size must be positive"),
+        ("num_train_epochs", 0, "num_train_epochs must be positive"),
         ("head_lr_multiplier", 0.0, "head_lr_multiplier must be positive"),
         ("label_smoothing_factor", 0.1, "use loss='label_smoothing' with smoothing=0.1"),
         ("remove_unused_columns", True, "remove_unused_columns must be False"),
@@ -56,6 +58,14 @@ def test_docstring_lists_every_default_that_differs():
 def test_refuses(tmp_path, field, value, message):
     with pytest.raises(InputError, match=message):
         PALSConfig(tmp_path, **{field: value})
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "polynomial"])
+def test_schedules_get_arguments_of_their_own(tmp_path, schedule):
+    config = PALSConfig(tmp_path, lr_scheduler_type=schedule)
+    assert config.lr_scheduler_kwargs == ({"power": 0.9, "lr_end": 0.0} if schedule == "polynomial" else None)
+    given = {"power": 2.0}
+    assert PALSConfig(tmp_path, lr_scheduler_kwargs=given).lr_scheduler_kwargs == given
 
 
 def test_beta_schedules(tmp_path):

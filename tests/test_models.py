@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from conftest import NUM_LABELS, tiny_segformer, tiny_upernet
 from PIL import Image
 from torch import nn
@@ -21,6 +22,35 @@ from pals_hf.models import (
     predict_mask,
     refuse_unsuitable,
 )
+
+# (patch, layers, width) of one tiny vision transformer; four stages feed the decoders.
+VIT = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+VIT |= {"intermediate_size": 16, "num_labels": NUM_LABELS}
+BEIT = {**VIT, "use_auxiliary_head": True, "auxiliary_channels": 8, "auxiliary_num_convs": 1, "pool_scales": [1, 2]}
+DPT = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "use_auxiliary_head": True}
+OTHERS = {
+    "beit": lambda: transformers.BeitForSemanticSegmentation(
+        transformers.BeitConfig(**BEIT, out_indices=[1, 2, 3, 4], add_fpn=True)
+    ),
+    "data2vec-vision": lambda: transformers.Data2VecVisionForSemanticSegmentation(
+        transformers.Data2VecVisionConfig(**BEIT, out_indices=[0, 1, 2, 3])
+    ),
+    "dpt": lambda: transformers.DPTForSemanticSegmentation(
+        transformers.DPTConfig(**VIT, **DPT, backbone_out_indices=[0, 1, 2, 3])
+    ),
+    "mobilevit": lambda: transformers.MobileViTForSemanticSegmentation(
+        transformers.MobileViTConfig(
+            hidden_sizes=[12, 16, 20],
+            neck_hidden_sizes=[8, 8, 16, 16, 32, 32, 32],
+            image_size=32,
+            aspp_out_channels=16,
+            num_labels=NUM_LABELS,
+        )
+    ),
+    "mobilevitv2": lambda: transformers.MobileViTV2ForSemanticSegmentation(
+        transformers.MobileViTV2Config(width_multiplier=0.25, image_size=64, num_labels=NUM_LABELS)
+    ),
+}
 
 NAMES = {index: f"class {index}" for index in range(NUM_LABELS)}
 
@@ -43,6 +73,18 @@ class TestClassifierTap:
         assert logits.shape[:2] == (2, NUM_LABELS)
         up = nn.functional.interpolate(logits, size=outputs.logits.shape[2:], mode="bilinear", align_corners=False)
         torch.testing.assert_close(up, outputs.logits)
+
+    @pytest.mark.parametrize("architecture", OTHERS)
+    def test_reads_every_other_architecture(self, architecture):
+        """With auxiliary heads where they have them: theirs is not taken."""
+        model = OTHERS[architecture]()
+        size = model.config.image_size
+        outputs, features, logits = read(model.eval(), torch.randn(2, 3, size, size))
+        assert logits.shape[:2] == (2, NUM_LABELS)
+        assert features.shape[2:] == logits.shape[2:]
+        used = torch.autograd.grad(outputs.logits.sum(), logits, allow_unused=True)[0]
+        assert used is not None
+        assert used.norm() > 0
 
     def test_upernet_is_read_before_it_upsamples(self):
         outputs, _, logits = read(tiny_upernet().eval(), torch.randn(1, 3, 64, 96))

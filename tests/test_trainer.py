@@ -3,9 +3,10 @@ import math
 
 import numpy as np
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
-from conftest import ARCHITECTURES, NUM_LABELS, RAW_VOID, tiny_mobilenet_v2, tiny_segformer
+from conftest import ARCHITECTURES, NUM_LABELS, RAW_VOID, tiny_mobilenet_v2, tiny_segformer, tiny_upernet
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -23,7 +24,8 @@ from pals_hf import PALSConfig, PALSLoss, PALSTrainer, SegmentationMetrics, load
 from pals_hf.data import EvalTransform, TrainTransform, TransformedDataset, collate
 from pals_hf.errors import InputError
 from pals_hf.functional import upsample
-from pals_hf.models import build_image_processor, predict_mask
+from pals_hf.losses import PRESETS
+from pals_hf.models import ClassifierTap, build_image_processor, predict_mask
 from pals_hf.trainer import compute_loss_func, is_complete_checkpoint, last_complete_checkpoint
 
 NO_RANDOMNESS = {"classifier_dropout_prob": 0.0, "drop_path_rate": 0.0, "hidden_dropout_prob": 0.0}
@@ -177,9 +179,20 @@ class TestTraining:
         assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
     def test_model_init(self, tmp_path):
-        trainer = PALSTrainer(args=config(tmp_path), model_init=lambda: tiny_segformer(), train_dataset=Examples())
+        """The network is made anew when training starts."""
+        models = []
+        trainer = PALSTrainer(
+            args=config(tmp_path, freeze_backbone=True),
+            model_init=lambda: models.append(tiny_segformer()) or models[-1],
+            train_dataset=Examples(),
+        )
+        before = {name: value.clone() for name, value in models[-1].state_dict().items()}
         trainer.train()
         assert logged(trainer, "loss")[0] > 0
+        assert trainer.model is models[-1] is not models[0]
+        changed = {name for name, value in models[-1].state_dict().items() if not torch.equal(value, before[name])}
+        assert changed
+        assert not [name for name in changed if name.startswith("segformer.")]
 
     def test_gradient_checkpointing(self, tmp_path):
         losses = []
@@ -211,10 +224,45 @@ class TestTraining:
         assert epochs == [0] * 8 + [1] * 8 + [2] * 8
 
     def test_images_of_different_sizes_in_a_training_batch(self, tmp_path):
-        batch = collate([Examples(1, (32, 32))[0], Examples(1, (48, 32))[0]])
-        trainer = PALSTrainer(model := tiny_segformer(), config(tmp_path))
+        examples = [Examples(1, (32, 32))[0], Examples(1, (48, 32))[0]]
+        trainer = PALSTrainer(tiny_segformer(), config(tmp_path), train_dataset=examples)
         with pytest.raises(InputError, match="differ in size"):
-            trainer.compute_loss(model, batch)
+            trainer.train()
+
+    @pytest.mark.parametrize("preset", ["default", "paper"])
+    @pytest.mark.parametrize("build", [tiny_segformer, tiny_upernet])
+    def test_loss_is_the_formula_with_the_classifiers_features(self, build, preset, tmp_path):
+        """On a network that is sure of itself: at random initialisation q is uniform, whatever it is made of."""
+        model = build().eval()
+        tap = ClassifierTap(model)
+        (classifier,) = tap.layers.values()
+        with torch.no_grad():
+            classifier.weight.mul_(200)
+        batch = collate([Examples(size=(64, 64))[index] for index in range(3)])
+        with torch.no_grad(), tap:
+            model(pixel_values=batch["pixel_values"])
+        features, logits = tap.read()
+        values = PRESETS[preset]
+        q = reference.aggregate(features, (logits.double() / values["temperature"]).softmax(dim=1), values["tau"])
+        assert (q - q.mean(dim=(2, 3), keepdim=True)).abs().max() > 1e-3  # there is something to tell apart
+        expected = reference.soft_label_loss(logits, batch["labels"], q, values["beta"])
+        loss = PALSTrainer(model, config(tmp_path, preset=preset)).compute_loss(model, batch)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+    @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+    def test_every_schedule_runs(self, schedule, tmp_path):
+        args = config(tmp_path, lr_scheduler_type=schedule, max_steps=2)
+        trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples())
+        trainer.train()
+        assert len(logged(trainer, "learning_rate")) == 2
+
+    def test_norms_and_biases_do_not_decay(self, any_model, tmp_path):
+        trainer = PALSTrainer(any_model, config(tmp_path))
+        decayed = set(trainer.get_decay_parameter_names(any_model))
+        shapes = {name: parameter.ndim for name, parameter in any_model.named_parameters()}
+        assert decayed
+        assert not [name for name in decayed if shapes[name] < 2]
+        assert not [name for name, ndim in shapes.items() if ndim == 4 and name not in decayed]
 
 
 class TestEvaluation:
@@ -251,13 +299,14 @@ class TestEvaluation:
         loss, counts, losses = trainer.prediction_step(model, collate([dataset[0], dataset[1]]), False)
         assert loss is None
         assert counts.shape == (2, NUM_LABELS, NUM_LABELS)
-        assert losses.shape == (2, 2)
-        assert counts.sum(dim=(1, 2)).tolist() == losses[:, 1].tolist()
+        assert losses.shape == (2,)
+        assert counts.sum(dim=(1, 2)).tolist() == [int((dataset[i]["labels"] != 255).sum()) for i in range(2)]
 
-    def test_pipeline_masks_are_the_predictions_of_evaluation(self, data, tmp_path):
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    def test_pipeline_masks_are_the_predictions_of_evaluation(self, data, architecture, tmp_path):
         processor = build_image_processor(None, (64, 64))
         trainer = PALSTrainer(
-            model := tiny_segformer(id2label=data.id2label),
+            model := ARCHITECTURES[architecture](id2label=data.id2label),
             config(tmp_path, max_steps=2),
             train_dataset=TransformedDataset(data.train, TrainTransform(processor, (64, 64))),
             eval_dataset=TransformedDataset(data.validation, EvalTransform(processor)),
@@ -359,6 +408,10 @@ class TestRefuses:
         with pytest.raises(InputError, match="num_labels=1"):
             PALSTrainer(tiny_segformer(num_labels=1), config(tmp_path))
 
+    def test_plain_training_arguments(self, tmp_path):
+        with pytest.raises(InputError, match="needs a PALSConfig, got TrainingArguments"):
+            PALSTrainer(tiny_segformer(), TrainingArguments(tmp_path))
+
     @pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func"])
     def test_functions_it_has_itself(self, name, tmp_path):
         with pytest.raises(InputError, match=name):
@@ -429,28 +482,59 @@ class TestComputeLossFunc:
 
 
 class TestCheckpoints:
-    def test_resume_goes_on_where_it_stopped(self, tmp_path):
-        runs = {}
-        for name, stop in (("whole", None), ("broken", 2)):
-            folder = tmp_path / name
-            for resume in (None,) if stop is None else (None, True):
-                torch.manual_seed(0)
-                args = config(folder, max_steps=4, save_strategy="steps", save_steps=2, save_total_limit=None)
-                trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples(8))
-                if stop is not None and resume is None:
-                    trainer.add_callback(StopAt(stop))
-                trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
-            runs[name] = trainer.model.state_dict()
-            assert trainer.state.global_step == 4
-        assert all(torch.equal(value, runs["broken"][name]) for name, value in runs["whole"].items())
+    def test_resume_goes_on_where_it_stopped(self, folder, tmp_path):
+        """Interrupted in the middle of the second epoch, with random crops, dropout and a linear beta."""
+        data = load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID])
+
+        def train(output, stop=None, resume=None):
+            torch.manual_seed(0)
+            dataset = TransformedDataset(data.train, TrainTransform(build_image_processor(None), (32, 32)), seed=5)
+            args = config(
+                output,
+                max_steps=8,
+                per_device_train_batch_size=2,
+                save_strategy="steps",
+                save_steps=6,
+                beta_schedule="linear",
+            )
+            trainer = PALSTrainer(tiny_segformer(), args, train_dataset=dataset)
+            if stop is not None:
+                trainer.add_callback(StopAt(stop))
+            trainer.train(resume_from_checkpoint=resume)
+            return trainer
+
+        whole = train(tmp_path / "whole")
+        assert train(tmp_path / "broken", stop=6).state.global_step == 6
+        resumed = train(tmp_path / "broken", resume=last_complete_checkpoint(tmp_path / "broken"))
+        assert resumed.state.global_step == 8
+        for name in ("loss", "beta", "q_entropy", "grad_norm"):
+            assert logged(resumed, name) == logged(whole, name)
+        weights = resumed.model.state_dict()
+        assert all(torch.equal(value, weights[name]) for name, value in whole.model.state_dict().items())
+
+    def test_a_damaged_checkpoint_and_one_of_another_model(self, tmp_path):
+        def trainer(**settings):
+            args = config(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+            return PALSTrainer(tiny_segformer(**settings), args, train_dataset=Examples())
+
+        trainer().train()
+        checkpoint = last_complete_checkpoint(tmp_path)
+        with pytest.raises(InputError, match=f"cannot load checkpoint {checkpoint}"):
+            trainer(decoder_hidden_size=32).train(resume_from_checkpoint=str(checkpoint))
+        weights = checkpoint / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        with pytest.raises(InputError, match=f"cannot load checkpoint {checkpoint}"):
+            trainer().train(resume_from_checkpoint=str(checkpoint))
 
     def test_half_written_checkpoints_are_passed_over(self, tmp_path):
         assert last_complete_checkpoint(tmp_path) is None
-        for step, state in ((5, "{}"), (10, "{}"), (15, '{"half'), (20, None)):
-            folder = tmp_path / f"checkpoint-{step}"
-            folder.mkdir()
+        states = {"checkpoint-5": "{}", "checkpoint-10": "{}", "checkpoint-15": '{"half', "checkpoint-20": None}
+        for name, state in {**states, "checkpoint-99-copy": "{}"}.items():
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "scheduler.pt").touch()
             if state is not None:
-                (folder / "trainer_state.json").write_text(state)
+                (tmp_path / name / "trainer_state.json").write_text(state)
+        (tmp_path / "trainer_state.json").write_text("{}")  # of the run, not of a checkpoint
         assert last_complete_checkpoint(tmp_path).name == "checkpoint-10"
-        assert not is_complete_checkpoint(tmp_path / "checkpoint-15")
-        assert not is_complete_checkpoint(tmp_path / "checkpoint-20")
+        for name in ("checkpoint-15", "checkpoint-20", "checkpoint-99-copy", "."):
+            assert not is_complete_checkpoint(tmp_path / name)

@@ -72,9 +72,12 @@ class FractionManifest:
             InputError: there is no such file, or it is not a manifest.
         """
         try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+            manifest = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path} is not a readable fraction manifest: {error}") from error
+        if not isinstance(manifest.ids, list) or not manifest.ids:
+            raise InputError(f"{path} is not a readable fraction manifest: ids must be a list, got {manifest.ids!r}")
+        return manifest
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the manifest as JSON, complete or not at all."""

@@ -23,7 +23,7 @@ from datasets import (
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from . import synthetic
 from .fractions import draw_ids
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 IGNORE_INDEX = 255
 MAX_CLASSES = 255  # masks are stored with 8 bits, and 255 is void
 
+_MAX_RAW_VALUE = 2**16 - 1
 _IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _IMAGE_COLUMNS = ("image", "img", "pixel_values")
 _LABEL_COLUMNS = ("labels", "label", "mask", "annotation", "segmentation", "semantic_mask")
@@ -102,10 +103,10 @@ def load_segmentation_dataset(
         splits, names = _generate(), dict(enumerate(synthetic.CLASSES))
         name = "built-in street scenes"
     classes = _parse_names(names)
+    splits = {split: _check(pairs, len(classes), void_labels) for split, pairs in splits.items()}
     train, validation = splits["train"], splits.get("validation")
     if validation is None:
         train, validation = _cut_validation(train, validation_share, validation_seed)
-    train, validation = (_check(split, len(classes), void_labels) for split in (train, validation))
     return SegmentationData(train, validation, classes, name)
 
 
@@ -165,30 +166,30 @@ def _open_splits(dataset_name: str, config: str | None) -> DatasetDict:
     try:
         loaded = load_from_disk(dataset_name) if Path(dataset_name).is_dir() else load_dataset(dataset_name, config)
     except Exception as error:  # datasets raises many types; all of them mean that it cannot be loaded
-        raise InputError(f"cannot load the data set {dataset_name!r}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"cannot load the data set {dataset_name!r}: {first_line(error)}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
 
 
 def _read_columns(splits: DatasetDict, image_column: str | None, label_column: str | None) -> dict[str, Dataset]:
     if "train" not in splits:
         raise InputError(f"the data set has no split 'train', only {sorted(splits)}")
-    available = splits["train"].column_names
-    image_column = _find_column("image_column", image_column, _IMAGE_COLUMNS, available)
-    label_column = _find_column("label_column", label_column, _LABEL_COLUMNS, available)
+    image_column = _find_column("image_column", image_column, _IMAGE_COLUMNS, splits["train"].features)
+    label_column = _find_column("label_column", label_column, _LABEL_COLUMNS, splits["train"].features)
     chosen = {"train": splits["train"]}
     validation = next((name for name in ("validation", "val") if name in splits), None)
     if validation is not None:
         chosen["validation"] = splits[validation]
+        for option, column in (("image_column", image_column), ("label_column", label_column)):
+            _find_column(option, column, (), splits[validation].features)
     return {name: _rename(split, name, image_column, label_column) for name, split in chosen.items()}
 
 
-def _find_column(option: str, wanted: str | None, usual: tuple[str, ...], available: list[str]) -> str:
+def _find_column(option: str, wanted: str | None, usual: tuple[str, ...], features: Features) -> str:
     candidates = (wanted,) if wanted else usual
-    found = [name for name in candidates if name in available]
+    found = [name for name in candidates if isinstance(features.get(name), Image)]
     if not found:
-        raise InputError(
-            f"{option}: the data set has no column {' or '.join(map(repr, candidates))}, only {available}"
-        )
+        kinds = {name: type(feature).__name__ for name, feature in features.items()}
+        raise InputError(f"{option}: no column {' or '.join(map(repr, candidates))} holds images; there are {kinds}")
     return found[0]
 
 
@@ -249,12 +250,12 @@ def _cut_validation(train: Dataset, share: float, seed: int) -> tuple[Dataset, D
 
 
 def _lookup_table(num_classes: int, void_labels: tuple[int, ...]) -> np.ndarray:
-    """Raw mask value to class index or 255; -1 for values that must not occur."""
-    table = np.full(2**16, -1, dtype=np.int16)
+    """Raw mask value to class index or 255; -1 for values that must not occur, and in the last place."""
+    table = np.full(_MAX_RAW_VALUE + 2, -1, dtype=np.int16)
     table[:num_classes] = np.arange(num_classes)
     for value in (*void_labels, IGNORE_INDEX):
-        if not 0 <= value < len(table):
-            raise InputError(f"void_labels: {value} is not a value a mask can have (0..{len(table) - 1})")
+        if not 0 <= value <= _MAX_RAW_VALUE:
+            raise InputError(f"void_labels: {value} is not a value a mask can have (0..{_MAX_RAW_VALUE})")
         table[value] = IGNORE_INDEX
     return table
 
@@ -269,6 +270,7 @@ def _check(split: Dataset, num_classes: int, void_labels: tuple[int, ...]) -> Da
         lambda example: {"labels": _check_pair(example, lookup, num_classes)},
         features=Features({"labels": Image(decode=False)}),
         remove_columns=raw.column_names,
+        keep_in_memory=True,  # nothing is written into the user's folder
         desc="Checking images and masks",
     )
     # The images stay where they are: only the masks are stored anew.
@@ -287,8 +289,9 @@ def _check_pair(example: dict, lookup: np.ndarray, num_classes: int) -> dict:
             f"{mask_name}: the mask has {_size(mask)} pixels, its image {image_name} {_size(image)}: they must agree"
         )
     values = np.asarray(mask)
-    known = lookup[values.astype(np.int64).clip(0, len(lookup) - 1)]
-    if known.min() < 0:
+    possible = (values >= 0) & (values <= _MAX_RAW_VALUE)
+    known = lookup[np.where(possible, values, -1)]
+    if known.min(initial=0) < 0:
         unknown = int(values[known < 0].flat[0])
         raise InputError(
             f"{mask_name}: value {unknown} is not a class (0..{num_classes - 1}) and not void: "
@@ -305,7 +308,7 @@ def _decode(example: dict, column: str) -> tuple[Picture, str]:
     try:
         picture = PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
         picture.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
         raise InputError(f"{name} is not a readable image: {error}") from error
     return ImageOps.exif_transpose(picture), name
 

@@ -14,6 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from transformers.image_utils import pil_torch_interpolation_mapping
 
+from ..errors import InputError
 from .sources import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class TrainTransform:
         self,
         processor: BaseImageProcessor,
         crop_size: tuple[int, int],
-        scale_range: tuple[float, float] = (0.5, 2.0),
+        scale_range: tuple[float, float] = (0.75, 1.5),
         color_jitter: float = 0.3,
     ):
         self.processor = processor
@@ -66,8 +67,14 @@ class TrainTransform:
         picture = tv_tensors.Image(image.convert("RGB"))
         mask = tv_tensors.Mask(np.array(labels, dtype=np.uint8))
         picture, mask = self.augment(picture, mask)
-        pixel_values = self.processor(images=picture.as_subclass(Tensor), do_resize=False, return_tensors="pt")
-        return {"pixel_values": pixel_values["pixel_values"][0], "labels": mask.as_subclass(Tensor).long()}
+        processed = self.processor(images=picture.as_subclass(Tensor), do_resize=False, return_tensors="pt")
+        pixel_values = processed["pixel_values"][0]
+        if pixel_values.shape[1:] != mask.shape:
+            raise InputError(
+                f"{type(self.processor).__name__} changes the size of a crop from {tuple(mask.shape)} to "
+                f"{tuple(pixel_values.shape[1:])}: build it by build_image_processor"
+            )
+        return {"pixel_values": pixel_values, "labels": mask.as_subclass(Tensor).long()}
 
 
 class EvalTransform:

@@ -23,8 +23,8 @@ class LabelSmoothingLoss(nn.Module):
         are not used; `num_items` replaces the number of labelled pixels as the divisor.
 
     Attributes:
-        parts: detached scalars of the last call: `one_hot`, and `aggregated`, the cross-entropy with the uniform
-            distribution.
+        parts: detached scalars of the last call: `one_hot` and `uniform`, the cross-entropies with the label and with
+            the uniform distribution.
 
     Raises:
         ValueError: `smoothing` is outside [0, 1].
@@ -46,9 +46,10 @@ class LabelSmoothingLoss(nn.Module):
         num_items: Tensor | int | None = None,
     ) -> Tensor:
         uniform = logits.new_full((), 1.0 / logits.shape[1]).expand_as(logits)
-        loss, self.parts = soft_label_cross_entropy(
+        loss, parts = soft_label_cross_entropy(
             logits, labels, uniform, self.smoothing, self.ignore_index, num_items, return_parts=True
         )
+        self.parts = {"one_hot": parts["one_hot"], "uniform": parts["aggregated"]}
         return loss
 
     def extra_repr(self) -> str:

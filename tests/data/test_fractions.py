@@ -9,6 +9,7 @@ from pals_hf import train_fraction
 from pals_hf.data import FractionManifest, draw_ids
 from pals_hf.errors import InputError
 
+MANIFEST = '{"fraction": 1, "seed": 0, "available": 1, "ids": %s}'
 IDS = [f"image-{index:03d}" for index in range(367)]
 
 
@@ -86,7 +87,9 @@ def test_manifest_of_another_data_set(dataset):
         manifest.select(dataset)
 
 
-@pytest.mark.parametrize("content", [None, "not json", "[1, 2]", '{"fraction": 1}'])
+@pytest.mark.parametrize(
+    "content", [None, "not json", "[1, 2]", '{"fraction": 1}', *(MANIFEST % ids for ids in ("[]", "5"))]
+)
 def test_unreadable_manifest(tmp_path, content):
     path = tmp_path / "manifest.json"
     if content is not None:

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 from conftest import NUM_LABELS, RAW_VOID, write_pair
-from datasets import Dataset, DatasetDict, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
 from PIL import Image as PILImage
 
 from pals_hf import load_segmentation_dataset
@@ -110,6 +110,15 @@ class TestBadFolder:
         path = rewrite_mask(folder, lambda mask: np.where(mask == 3, 37, mask).astype(np.uint8))
         self.expect(folder, path, "value 37", f"0..{NUM_LABELS - 1}", "void_labels")
 
+    def test_negative_label(self, folder):
+        path = folder / "train" / "masks" / "street 0.png"
+        mask = np.array(PILImage.open(path)).astype(np.int32)
+        mask[5, 5] = -1
+        buffer = path.with_suffix(".tif")
+        PILImage.fromarray(mask).save(buffer)
+        buffer.replace(path)  # decoded by content, not by name
+        self.expect(folder, path, "value -1")
+
     def test_void_not_declared(self, folder):
         self.expect(folder, f"value {RAW_VOID}", void_labels=[])
 
@@ -197,10 +206,23 @@ class TestColumns:
             ]
 
     def test_missing_columns(self, saved):
-        with pytest.raises(InputError, match=r"image_column.*only \['photo', 'annotation', 'place'\]"):
+        with pytest.raises(InputError, match=r"image_column: no column 'image' or .*'photo': 'Image'"):
             load_segmentation_dataset(str(saved))
-        with pytest.raises(InputError, match=r"label_column: .* no column 'nothing'"):
-            load_segmentation_dataset(str(saved), image_column="photo", label_column="nothing")
+        for column in ("nothing", "place"):
+            with pytest.raises(InputError, match=f"label_column: no column '{column}' holds images.*'place': 'Value'"):
+                load_segmentation_dataset(str(saved), image_column="photo", label_column=column)
+
+    def test_validation_with_other_columns(self, saved, folder, tmp_path):
+        splits = load_from_disk(saved)
+        splits["val"] = splits["val"].rename_column("annotation", "truth")
+        splits.save_to_disk(tmp_path / "other")
+        with pytest.raises(InputError, match="label_column: no column 'annotation'"):
+            load_segmentation_dataset(str(tmp_path / "other"), image_column="photo", id2label=dict(enumerate("abcd")))
+
+    def test_leaves_the_folder_as_it_is(self, saved):
+        before = sorted(path for path in saved.rglob("*"))
+        load_segmentation_dataset(str(saved), image_column="photo", void_labels=[RAW_VOID])
+        assert sorted(path for path in saved.rglob("*")) == before
 
     def test_a_wrong_value_names_its_row(self, saved):
         with pytest.raises(InputError, match=r"value 11 is not a class"):

@@ -1,7 +1,6 @@
 """The program, as users start it: on real files, through the real launcher, on one process and on two."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import RAW_VOID
+from launching import launch
 from PIL import Image
 from transformers import AutoModelForSemanticSegmentation, pipeline
 
@@ -26,16 +27,6 @@ import run_seg_pals  # noqa: E402
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--disable_tqdm", "True"]
 
 
-def launch(*arguments, script=SCRIPT, processes=1, cwd=None):
-    """`accelerate launch`, as a user types it; two real processes need the flags below on a CPU."""
-    several = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"] if processes > 1 else []
-    command = [sys.executable, "-m", "accelerate.commands.launch", *several, str(script), *map(str, arguments)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
-
-
 def on_folder(folder, output, *arguments):
     return ["--dataset_dir", str(folder), "--void_labels", str(RAW_VOID), "--output_dir", str(output), *arguments]
 
@@ -44,16 +35,16 @@ def read(path):
     return json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
-class TestBuiltIn:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
     """`accelerate launch examples/run_seg_pals.py --train_fraction 0.5`, cut to two steps."""
+    folder = tmp_path_factory.mktemp("somewhere")
+    printed = launch(SCRIPT, "--train_fraction", "0.5", *SHORT, cwd=folder)
+    (output,) = (folder / "runs").iterdir()
+    return output, printed
 
-    @pytest.fixture(scope="class")
-    def run(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("somewhere")
-        printed = launch("--train_fraction", "0.5", *SHORT, cwd=folder)
-        (output,) = (folder / "runs").iterdir()
-        return output, printed
 
+class TestBuiltIn:
     def test_ends_in_a_table(self, run):
         output, printed = run
         assert "100 training images, 50 validation images" in printed
@@ -114,20 +105,28 @@ class TestFolder:
         assert read(output / "trainer_state.json")["global_step"] == 2
         # A crash while writing leaves a folder without its last file.
         (output / "checkpoint-2" / "trainer_state.json").unlink()
+        assert run_seg_pals.find_checkpoint(str(output), "").name == "checkpoint-1"  # a run's folder will do
         more = ["--resume_from_checkpoint", "last", "--max_steps", "3", "--image_size", "32", "48", "--loss", "ce"]
         run_seg_pals.main([*arguments, *more])
         history = read(output / "trainer_state.json")
         assert history["global_step"] == 3
         assert read(output / "eval_results.json")["epoch"] == 1.5
 
-    def test_resume_refuses_other_images(self, folder, tmp_path, capsys):
-        output = tmp_path / "run"
+    def test_resume_refuses_other_images_and_other_runs(self, folder, tmp_path, capsys):
+        output, other = tmp_path / "run", tmp_path / "other"
         run_seg_pals.main(on_folder(folder, output, "--train_fraction", "0.5", "--save_steps", "1", *SHORT))
-        with pytest.raises(SystemExit):
-            run_seg_pals.main(
-                on_folder(folder, output, "--train_fraction", "1.0", "--resume_from_checkpoint", "last", *SHORT)
-            )
-        assert "trains on other images" in capsys.readouterr().err
+        (other / "checkpoint-7").mkdir(parents=True)
+        checkpoint = str(output / "checkpoint-2")
+        for folder_of_run, fraction, message in (
+            (output, "1.0", "was trained on other images"),
+            (tmp_path / "new", "1.0", "was trained on other images"),
+            (other, "0.5", "already holds a run"),
+        ):
+            options = ["--train_fraction", fraction, "--resume_from_checkpoint", checkpoint]
+            with pytest.raises(SystemExit):
+                run_seg_pals.main(on_folder(folder, folder_of_run, *options, *SHORT))
+            assert message in capsys.readouterr().err
+        assert [path.name for path in other.iterdir()] == ["checkpoint-7"]
 
     def test_overwrite_replaces_a_run_and_spares_other_files(self, folder, tmp_path):
         output = tmp_path / "run"
@@ -149,11 +148,13 @@ class TestFolder:
     def test_recipe_and_command_line(self, folder, tmp_path, suffix):
         recipe = tmp_path / f"recipe.{suffix}"
         settings = {"loss": "label_smoothing", "learning_rate": 1e-3, "image_size": [32, 48], "max_steps": 9}
-        lines = "\n".join(f"{name}: {value}" for name, value in settings.items()).replace("0.001", "1e-3")
+        settings |= {"void_labels": 7, "overwrite": True, "recipe": None}
+        lines = yaml.safe_dump(settings).replace("0.001", "1e-3")
         recipe.write_text(json.dumps(settings) if suffix == "json" else lines)
-        arguments = on_folder(folder, tmp_path / "run", "--recipe", str(recipe), *SHORT)
+        arguments = ["--recipe", str(recipe), "--output_dir", str(tmp_path / "run"), *SHORT]
         args, config = run_seg_pals.parse_arguments(arguments)
         assert (config.loss, config.learning_rate, args.image_size) == ("label_smoothing", 1e-3, [32, 48])
+        assert (args.void_labels, args.overwrite) == ([7], True)
         assert config.max_steps == 2  # the command line wins
 
     def test_every_config_field_is_a_flag(self, folder, tmp_path):
@@ -169,7 +170,7 @@ class TestTwoProcesses:
         trained, ranks = tmp_path / "trained", tmp_path / "ranks"
         once = [*SHORT, "--max_steps", "1", "--crop_size", "32", "32"]  # one pass over four images
         arguments = on_folder(folder, trained, "--train_fraction", "0.5", *once)
-        launch(ranks, *arguments, script=RECORDER, processes=2)
+        launch(RECORDER, ranks, *arguments, "--logging_steps", "1", processes=2)
         records = [read(ranks / f"rank-{rank}.json") for rank in range(2)]
         assert [record["world_size"] for record in records] == [2, 2]
         seen = [set(record["trained_on"]) for record in records]
@@ -182,14 +183,16 @@ class TestTwoProcesses:
         for processes in (1, 2):
             output = tmp_path / f"scored by {processes}"
             score = on_folder(folder, output, "--eval_only", "--model_name_or_path", trained, "--disable_tqdm", "True")
-            launch(ranks, *score, script=RECORDER, processes=processes)
+            launch(RECORDER, ranks, *score, processes=processes)
             assert read(ranks / "rank-0.json")["world_size"] == processes
             results.append(read(output / "eval_results.json"))
         timings = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
         one, two = ({k: v for k, v in result.items() if k not in timings} for result in results)
         assert one.pop("eval_loss") == pytest.approx(two.pop("eval_loss"), rel=1e-6)
         assert one == two
-        assert one == {name: read(trained / "eval_results.json").get(name, value) for name, value in one.items()}
+        at_the_end_of_training = read(trained / "eval_results.json")
+        for name in one.keys() - {"epoch"}:
+            assert one[name] == at_the_end_of_training[name]
 
 
 class TestWrongInput:
@@ -201,7 +204,7 @@ class TestWrongInput:
 
         def check(*parts, extra=(), untouched=True):
             with pytest.raises(SystemExit) as stop:
-                run_seg_pals.main(on_folder(folder, output, *extra, *SHORT))
+                run_seg_pals.main([*on_folder(folder, output), *SHORT, *extra])
             assert stop.value.code == 2
             (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
             for part in parts:
@@ -234,6 +237,10 @@ class TestWrongInput:
             (["--eval_only"], ["model_name_or_path"]),
             (["--scale_range", "2", "1"], ["scale_range"]),
             (["--lr_scheduler_type", "triangle"], ["triangle"]),
+            (["--ignore_index", "-100"], ["ignore_index must be 255"]),
+            (["--num_threads", "0"], ["num_threads must be positive"]),
+            (["--per_device_train_batch_size", "0"], ["per_device_train_batch_size must be positive"]),
+            (["--report_to", "nothing"], ["nothing"]),
         ],
         ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else "",
     )
@@ -249,10 +256,35 @@ class TestWrongInput:
         path.write_bytes(path.read_bytes()[:300])
         fails(path, "not a readable image")
 
-    def test_recipe_with_an_unknown_flag(self, fails, tmp_path):
+    @pytest.mark.parametrize(
+        ("content", "parts"),
+        [
+            ("learning_rat: 1e-3", ["recipe.yaml", "learning_rat"]),
+            ("- 1", ["recipe.yaml", "flags and their values"]),
+            ("a: [", ["recipe.yaml", "cannot be read"]),
+            ("image_size: 32", ["image_size"]),
+            ("smoothing: [0.1, 0.2]", ["0.2"]),
+            ("loss: dice", ["--loss", "dice"]),
+        ],
+    )
+    def test_recipe(self, fails, tmp_path, content, parts):
         recipe = tmp_path / "recipe.yaml"
-        recipe.write_text("learning_rat: 1e-3")
-        fails(recipe, "learning_rat", extra=["--recipe", str(recipe)])
+        recipe.write_text(content)
+        fails(*parts, extra=["--recipe", str(recipe)])
+
+    def test_nothing_of_a_failed_start_blocks_the_next(self, folder, tmp_path, capsys):
+        """The checkpoint turns out to be damaged only when it is loaded."""
+        output = tmp_path / "run"
+        start = [*on_folder(folder, output), *SHORT]
+        run_seg_pals.main([*start, "--save_steps", "1"])
+        (output / "checkpoint-2" / "model.safetensors").write_bytes(b"damaged")
+        with pytest.raises(SystemExit) as stop:
+            run_seg_pals.main([*start, "--resume_from_checkpoint", "last"])
+        assert stop.value.code == 2
+        assert "cannot load checkpoint" in capsys.readouterr().err
+        (output / "checkpoint-2" / "scheduler.pt").unlink()
+        run_seg_pals.main([*start, "--resume_from_checkpoint", "last"])
+        assert read(output / "trainer_state.json")["global_step"] == 2
 
     def test_output_folder_that_holds_a_run(self, fails, tmp_path):
         (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
@@ -265,6 +297,14 @@ class TestWrongInput:
         assert result.returncode == 2
         assert "Traceback" not in result.stderr
         assert result.stderr.strip().splitlines()[-1] == "error: beta must lie in [0, 1], got 7.0"
+
+
+@pytest.mark.slow
+def test_the_first_command_of_the_readme(tmp_path):
+    """Learns something, and is hard enough that not everything is learned."""
+    launch(SCRIPT, "--train_fraction", "0.5", cwd=tmp_path)
+    (output,) = (tmp_path / "runs").iterdir()
+    assert 0.4 < read(output / "eval_results.json")["eval_mean_iou"] < 0.95
 
 
 CAMVID = ROOT.parent / "shared" / "data" / "camvid"

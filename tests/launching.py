@@ -1,0 +1,15 @@
+"""Starting things the way users do."""
+
+import os
+import subprocess
+import sys
+
+
+def launch(script, *arguments, processes=1, cwd=None):
+    """`accelerate launch`, as a user types it; two real processes need the flags below on a CPU."""
+    several = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"] if processes > 1 else []
+    command = [sys.executable, "-m", "accelerate.commands.launch", *several, str(script), *map(str, arguments)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
