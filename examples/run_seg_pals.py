@@ -51,6 +51,7 @@ from pals_hf.data import (
     TransformedDataset,
 )
 from pals_hf.errors import InputError, first_line
+from pals_hf.functional import PADDING_INDEX
 from pals_hf.models import build_image_processor, build_model, predict_mask
 from pals_hf.trainer import is_complete_checkpoint, last_complete_checkpoint
 from pals_hf.visualize import prediction_sheet, training_curves
@@ -278,7 +279,15 @@ def build_trainer(args: ScriptArguments, config: PALSConfig, data: SegmentationD
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
     first = data.train[0]["image"]
     crop_size = args.crop_size or args.image_size or (first.height, first.width)
-    augment = TrainTransform(processor, crop_size, args.scale_range, args.color_jitter)
+    is_pals = config.loss == "pals"
+    augment = TrainTransform(
+        processor,
+        crop_size,
+        args.scale_range,
+        args.color_jitter,
+        padding_index=PADDING_INDEX if is_pals and config.distill_void else IGNORE_INDEX,
+        weak_view=is_pals and config.teacher_view == "weak",
+    )
     try:
         return PALSTrainer(
             model,

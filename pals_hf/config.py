@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
 from .errors import InputError
+from .functional import PAIRS, POOLINGS, check_affinity
 from .losses import PRESETS
+from .losses.pals import DEFAULT_MAX_CELLS
+from .models import AFFINITY_SOURCES
 
 LOSSES = ("pals", "ce", "label_smoothing")
-BETA_SCHEDULES = ("constant", "linear")
+BETA_SCHEDULES = ("constant", "linear", "cosine", "warmup")
+TEACHERS = ("live", "ema")
+VIEWS = ("same", "weak")
 POLY = {"power": 0.9, "lr_end": 0.0}  # the usual schedule of segmentation
 
 
@@ -56,8 +63,8 @@ class PALSConfig(TrainingArguments):
     preset: str = field(
         default="default",
         metadata={
-            "help": "Where `beta`, `beta_schedule`, `tau` and `temperature` come from unless given: `default`, or "
-            "`paper`, the literal reading of the abstract.",
+            "help": "Where `beta`, `beta_schedule`, `tau`, `temperature` and `affinity_stride` come from unless "
+            "given: `default`, or `paper`, the literal reading of the abstract.",
             "choices": tuple(PRESETS),
         },
     )
@@ -70,9 +77,16 @@ class PALSConfig(TrainingArguments):
     beta_schedule: str | None = field(
         default=None,
         metadata={
-            "help": _preset_help("PALS: `constant`, or `linear` from 0 to `beta` over the training.", "beta_schedule"),
+            "help": _preset_help(
+                "PALS: `constant`; `linear` or `cosine` from 0 to `beta` over the training; `warmup`, linear from 0 "
+                "over its first `beta_warmup`, then constant.",
+                "beta_schedule",
+            ),
             "choices": BETA_SCHEDULES,
         },
+    )
+    beta_warmup: float = field(
+        default=0.1, metadata={"help": "PALS: share of the training over which beta rises in schedule `warmup`."}
     )
     tau: float | None = field(
         default=None,
@@ -85,6 +99,77 @@ class PALSConfig(TrainingArguments):
         metadata={
             "help": _preset_help("PALS: softmax temperature of the predictions that are averaged.", "temperature")
         },
+    )
+    affinity_source: str = field(
+        default="classifier_input",
+        metadata={
+            "help": "PALS: what makes pixels similar: the `classifier_input`, the same `before_dropout`, a stage of "
+            "the `encoder`, or the `logits`.",
+            "choices": AFFINITY_SOURCES,
+        },
+    )
+    encoder_stage: int = field(
+        default=-1, metadata={"help": "PALS: which of the encoder's hidden states `affinity_source=encoder` takes."}
+    )
+    pairs: str = field(
+        default="all",
+        metadata={
+            "help": "PALS: which pixels are compared: `all`, or those of the `same_class` in the labels.",
+            "choices": PAIRS,
+        },
+    )
+    include_self: bool = field(
+        default=True, metadata={"help": "PALS: whether a pixel is among those its prediction is averaged over."}
+    )
+    void_keys: bool = field(
+        default=True, metadata={"help": "PALS: whether predictions at pixels without a label are averaged over."}
+    )
+    propagation_steps: int = field(default=1, metadata={"help": "PALS: how often the average is taken."})
+    propagation_weight: float = field(
+        default=1.0,
+        metadata={"help": "PALS: weight of the average in a step, the rest is the own prediction; 0 to 1."},
+    )
+    affinity_stride: int | None = field(
+        default=None,
+        metadata={
+            "help": _preset_help(
+                "PALS: compare blocks of so many cells squared instead of cells; 1 is exact.", "affinity_stride"
+            )
+        },
+    )
+    affinity_pooling: str = field(
+        default="both",
+        metadata={
+            "help": "PALS: with a stride, compare every cell with the blocks (`keys`) or blocks with blocks (`both`).",
+            "choices": POOLINGS,
+        },
+    )
+    max_affinity_cells: int | None = field(
+        default=DEFAULT_MAX_CELLS,
+        metadata={"help": "PALS: the stride is raised for very large grids, until no more blocks than this are left."},
+    )
+    teacher: str = field(
+        default="live",
+        metadata={
+            "help": "PALS: whose predictions are averaged: the `live` network's, or those of an exponential moving "
+            "average (`ema`) of its weights, at the cost of a second forward pass.",
+            "choices": TEACHERS,
+        },
+    )
+    ema_decay: float = field(
+        default=0.99, metadata={"help": "PALS: share of the average that stays at each step with `teacher=ema`."}
+    )
+    teacher_view: str = field(
+        default="same",
+        metadata={
+            "help": "PALS: predictions are averaged from the `same` view of an image as the network learns on, or "
+            "from a `weak` one without colour jitter, at the cost of a second forward pass.",
+            "choices": VIEWS,
+        },
+    )
+    distill_void: bool = field(
+        default=False,
+        metadata={"help": "PALS: pixels without a label learn from the aggregated distribution, for sparse labels."},
     )
     smoothing: float = field(
         default=0.1, metadata={"help": "`label_smoothing`: mass spread evenly over all classes, 0 to 1."}
@@ -143,13 +228,23 @@ class PALSConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch warns at every epoch
 
     def _check_fields(self) -> None:
-        for name, allowed in (("loss", LOSSES), ("beta_schedule", BETA_SCHEDULES)):
+        for name, allowed in (
+            ("loss", LOSSES),
+            ("beta_schedule", BETA_SCHEDULES),
+            ("affinity_source", AFFINITY_SOURCES),
+            ("teacher", TEACHERS),
+            ("teacher_view", VIEWS),
+        ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("beta", "smoothing"):
+        try:
+            check_affinity(**{name: getattr(self, name) for name in inspect.signature(check_affinity).parameters})
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        for name in ("beta", "smoothing", "ema_decay"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        for name in ("tau", "temperature", "head_lr_multiplier", "per_device_train_batch_size"):
+        for name in ("temperature", "beta_warmup", "head_lr_multiplier", "per_device_train_batch_size"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}")
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
@@ -165,7 +260,13 @@ class PALSConfig(TrainingArguments):
 
     def beta_at(self, progress: float) -> float:
         """The weight of the aggregated distribution after `progress`, 0 to 1, of the training."""
-        return self.beta * progress if self.beta_schedule == "linear" else self.beta
+        share = {
+            "constant": 1.0,
+            "linear": progress,
+            "cosine": (1.0 - math.cos(math.pi * progress)) / 2.0,
+            "warmup": min(1.0, progress / self.beta_warmup),
+        }
+        return self.beta * share[self.beta_schedule]
 
     def __getstate__(self) -> dict[str, Any]:
         # Trainer pickles its arguments next to every checkpoint and pushes them: the token must not be in there.

@@ -17,24 +17,57 @@ https://doi.org/10.3390/s22072623. The abstract leaves open which features make 
 mixing weight; what stands here is a reconstruction, and each such choice is an argument.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fused import FusedSoftLabelCrossEntropy
+
+PAIRS = ("all", "same_class")
+POOLINGS = ("keys", "both")
+
+# Label of what a crop adds around an image. It is no label, like the ignore index, and unlike it never distilled.
+PADDING_INDEX = -1
+
 # Fused attention kernels want a head dimension that is a multiple of this.
 _HEAD_DIM_ALIGNMENT = 8
+# By how much the exponent of an excluded pair lies below that of the least similar pair that counts: a million of
+# them weigh less than 1e-6.
+_EXCLUSION = 30.0
+# Where other cells have less than this share of a cell's affinity beside its own, there are none to average over.
+_NOBODY = 1e-3
+# Classes that are upsampled at once for the argmax.
+_CLASSES_AT_ONCE = 4
 
 
-def aggregate_probabilities(features: Tensor, probabilities: Tensor, *, tau: float) -> Tensor:
+def aggregate_probabilities(
+    features: Tensor,
+    probabilities: Tensor,
+    *,
+    tau: float,
+    labels: Tensor | None = None,
+    pairs: str = "all",
+    include_self: bool = True,
+    void_keys: bool = True,
+    ignore_index: int = 255,
+    propagation_steps: int = 1,
+    propagation_weight: float = 1.0,
+    affinity_stride: int = 1,
+    affinity_pooling: str = "both",
+    max_affinity_cells: int | None = None,
+) -> Tensor:
     r"""Average the class distributions of all cells of an image, weighted by feature similarity.
 
     $$q_i = \sum_j S_{ij} p_j, \qquad
       S_{ij} = \frac{\exp(\hat f_i \cdot \hat f_j / \tau)}{\sum_k \exp(\hat f_i \cdot \hat f_k / \tau)}, \qquad
       \hat f = f / \lVert f \rVert_2$$
 
-    over all pairs of cells, the cell itself included. This is scaled dot-product attention with the features as
-    queries and keys and the probabilities as values, so it is computed by
+    over all pairs of cells, the cell itself included, unless an option takes some out. This is scaled dot-product
+    attention with the features as queries and keys and the probabilities as values, so it is computed by
     [`torch.nn.functional.scaled_dot_product_attention`]: exact, and in O(N) memory where torch has a fused kernel.
+    No option changes that: which pairs count is written into extra dimensions of queries and keys, not into a mask.
 
     Args:
         features: `(B, D, h, w)`, float32, bfloat16 or float16; normalised inside. Their dtype is the dtype of the
@@ -43,12 +76,26 @@ def aggregate_probabilities(features: Tensor, probabilities: Tensor, *, tau: flo
         probabilities: `(B, C, h, w)`, each cell's distribution over the C classes.
         tau: temperature of the affinity, > 0. Towards 0 each cell keeps its own distribution, towards infinity all
             cells get the mean of the image.
+        labels: `(B, H, W)`, for the two options that need them. See [`pool_labels`].
+        pairs: "all", or "same_class": a labelled cell is compared with cells of its own class only. A cell without a
+            label is compared with all.
+        include_self: whether a cell is among those it is averaged over. Without (not with `affinity_pooling="keys"`),
+            a cell that is compared with no other, or whose others have less than a thousandth of its affinity,
+            keeps its own distribution.
+        void_keys: whether cells without a label are averaged over. They get a q of their own either way.
+        ignore_index: label of void pixels. [`PADDING_INDEX`] is no label either.
+        propagation_steps, propagation_weight: q starts as p and becomes `weight * S q + (1 - weight) * p` in every
+            step, as in BAKE (Ge et al. 2021, arXiv 2104.13298). One step of weight 1 is the formula above.
+        affinity_stride: with s > 1, blocks of s x s cells, averaged, take the place of cells:
+        affinity_pooling: as "keys", so that every cell is compared with the blocks (the cost falls with s^2), or as
+            "both" keys and queries (s^4), with q brought back to the grid by bilinear interpolation.
+        max_affinity_cells: the stride is raised until there are no more blocks than this.
 
     Returns:
         `(B, C, h, w)` in the dtype of `probabilities`; each cell sums to one.
 
     Raises:
-        ValueError: a tensor is not 4-d, the grids or batch sizes differ, or `tau` is not positive.
+        ValueError: shapes do not fit together, an option is out of its range, or labels are needed and not given.
 
     Example:
         >>> features, probabilities = torch.randn(1, 8, 4, 6), torch.randn(1, 3, 4, 6).softmax(dim=1)
@@ -65,29 +112,201 @@ def aggregate_probabilities(features: Tensor, probabilities: Tensor, *, tau: flo
             f"features {tuple(features.shape)} and probabilities {tuple(probabilities.shape)} "
             "must share batch size and grid"
         )
+    check_affinity(
+        tau=tau,
+        pairs=pairs,
+        include_self=include_self,
+        propagation_steps=propagation_steps,
+        propagation_weight=propagation_weight,
+        affinity_stride=affinity_stride,
+        affinity_pooling=affinity_pooling,
+        max_affinity_cells=max_affinity_cells,
+    )
+    by_label = pairs == "same_class" or not void_keys
+    if by_label and (labels is None or labels.ndim != 3 or labels.shape[0] != features.shape[0]):
+        got = "none" if labels is None else tuple(labels.shape)
+        raise ValueError(f"pairs={pairs!r} with void_keys={void_keys} needs labels (B, H, W), got {got}")
+    num_classes, grid = probabilities.shape[1], features.shape[2:]
+    stride = _capped_stride(affinity_stride, grid, max_affinity_cells)
+    pool_queries = stride > 1 and affinity_pooling == "both"
+
+    # The norm is taken in float32: squares of half-precision features overflow or vanish.
+    queries = F.normalize(features.float(), dim=1)
+    keys = F.normalize(_pool(queries, stride), dim=1) if stride > 1 else queries
+    queries = keys if pool_queries else queries
+    own = _pool(probabilities, stride) if pool_queries else probabilities
+    query_grid, key_grid = queries.shape[2:], keys.shape[2:]
+    queries, keys = (maps.to(features.dtype).flatten(2).transpose(1, 2) for maps in (queries, keys))
+    if by_label:
+        labels_of = {g: pool_labels(labels, g, num_classes, ignore_index).flatten(1) for g in {query_grid, key_grid}}
+        tags = _pair_tags(
+            labels_of[query_grid],
+            labels_of[key_grid],
+            same_class=num_classes if pairs == "same_class" else 0,
+            skip=None if void_keys else ignore_index,
+            tau=tau,
+        )
+        queries, keys = (torch.cat([x, tag.to(x.dtype)], dim=2) for x, tag in zip((queries, keys), tags, strict=True))
+    attend = _attend if include_self else _attend_to_others
+
+    own = own.float().flatten(2).transpose(1, 2)  # (B, N, C)
+    q = own
+    for _ in range(propagation_steps):
+        values = q
+        if key_grid != query_grid:
+            values = _pool(q.transpose(1, 2).unflatten(2, query_grid), stride).flatten(2).transpose(1, 2)
+        averaged = attend(queries, keys, values, tau)
+        q = averaged if propagation_weight == 1.0 else propagation_weight * averaged + (1 - propagation_weight) * own
+    q = q.transpose(1, 2).unflatten(2, query_grid)
+    if pool_queries:
+        q = F.interpolate(q, scale_factor=stride, mode="bilinear", align_corners=False)[..., : grid[0], : grid[1]]
+    return q.to(probabilities.dtype)
+
+
+def check_affinity(
+    *,
+    tau: float,
+    pairs: str = "all",
+    include_self: bool = True,
+    propagation_steps: int = 1,
+    propagation_weight: float = 1.0,
+    affinity_stride: int = 1,
+    affinity_pooling: str = "both",
+    max_affinity_cells: int | None = None,
+) -> None:
+    """Check options of [`aggregate_probabilities`].
+
+    Raises:
+        ValueError: one is out of its range; the message names it.
+    """
     if not tau > 0:
         raise ValueError(f"tau must be positive, got {tau}")
+    for name, value, allowed in (("pairs", pairs, PAIRS), ("affinity_pooling", affinity_pooling, POOLINGS)):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if not include_self and affinity_pooling != "both":
+        raise ValueError("include_self=False needs affinity_pooling='both': a block is no cell that could be left out")
+    if not 0.0 <= propagation_weight <= 1.0:
+        raise ValueError(f"propagation_weight must lie in [0, 1], got {propagation_weight}")
+    for name, value in (
+        ("propagation_steps", propagation_steps),
+        ("affinity_stride", affinity_stride),
+        ("max_affinity_cells", 1 if max_affinity_cells is None else max_affinity_cells),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
-    num_classes, grid = probabilities.shape[1], probabilities.shape[2:]
-    # The norm is taken in float32: squares of half-precision features overflow or vanish.
-    keys = F.normalize(features.float(), dim=1).to(features.dtype)
-    # Kernels need one head dimension for queries, keys and values, else torch falls back to the N x N matrix.
-    head_dim = max(keys.shape[1], num_classes)
+
+def pool_labels(labels: Tensor, grid: tuple[int, int], num_classes: int, ignore_index: int = 255) -> Tensor:
+    """The label of each cell of a grid: the majority among the labelled pixels it covers.
+
+    Args:
+        labels: `(B, H, W)`, int64.
+        grid: (h, w). Where it is finer than the labels, cells between take the label they lie on.
+        num_classes: C. Memory is B x h x w x C counts.
+        ignore_index: label of void pixels, and of cells without a labelled pixel.
+
+    Returns:
+        `(B, h, w)`, int64. The lowest class wins a tie.
+
+    Example:
+        >>> pool_labels(torch.tensor([[[0, 1, 255, 255], [1, 1, 255, 2]]]), (1, 2), 3)
+        tensor([[[1, 2]]])
+    """
+    size = [max(have, want) for have, want in zip(labels.shape[1:], grid, strict=True)]
+    if size != list(labels.shape[1:]):
+        rows, columns = (torch.arange(n, device=labels.device) for n in size)
+        labels = labels[:, (rows * labels.shape[1] // size[0])[:, None], columns * labels.shape[2] // size[1]]
+    rows, columns = (
+        torch.arange(have, device=labels.device) * want // have for have, want in zip(size, grid, strict=True)
+    )
+    batch, cells = labels.shape[0], grid[0] * grid[1]
+    cell = rows[:, None] * grid[1] + columns + torch.arange(batch, device=labels.device)[:, None, None] * cells
+    valid = is_labelled(labels, ignore_index)
+    counts = torch.bincount((cell * num_classes + labels)[valid], minlength=batch * cells * num_classes)
+    most, winner = counts.view(batch, *grid, num_classes).max(dim=-1)
+    return winner.masked_fill(most == 0, ignore_index)
+
+
+def is_labelled(labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """Which pixels have a label: neither `ignore_index` nor [`PADDING_INDEX`]. Boolean, the shape of `labels`."""
+    return (labels != ignore_index) & (labels != PADDING_INDEX)
+
+
+def _capped_stride(stride: int, grid: tuple[int, int], max_cells: int | None) -> int:
+    if max_cells is not None:
+        while math.ceil(grid[0] / stride) * math.ceil(grid[1] / stride) > max_cells:
+            stride += 1
+    return stride
+
+
+def _pool(maps: Tensor, stride: int) -> Tensor:
+    """Means of `stride x stride` blocks; those at the lower and right edges may be smaller."""
+    return F.avg_pool2d(maps, stride, ceil_mode=True, count_include_pad=False)
+
+
+def _pair_tags(
+    query_labels: Tensor,
+    key_labels: Tensor,
+    *,
+    same_class: int,
+    skip: int | None,
+    tau: float,
+) -> tuple[Tensor, Tensor]:
+    """Extra dimensions of queries and keys that leave pairs out of the softmax.
+
+    With `same_class`, the number of classes, keys of the query's own class score higher than all others; with `skip`,
+    keys of that label score lower than all others.
+    """
+    # Similarities lie in [-1, 1]; what is excluded has to lie below that by far, after the division by tau.
+    penalty = 2.0 + _EXCLUSION * tau
+    query_tags, key_tags = [], []
+    if same_class:
+        classes = torch.arange(same_class, device=key_labels.device)
+        query_tags.append((query_labels[..., None] == classes) * penalty)
+        key_tags.append((key_labels[..., None] == classes).float())
+    if skip is not None:
+        query_tags.append(torch.full_like(query_labels, penalty, dtype=torch.float32)[..., None])
+        key_tags.append(-(key_labels == skip).float()[..., None])
+    return torch.cat(query_tags, dim=2), torch.cat(key_tags, dim=2)
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, tau: float) -> Tensor:
+    """Averages of `values` `(B, M, C)` for queries `(B, N, D)` and keys `(B, M, D)`: float32 `(B, N, C)`."""
+    # Kernels need one head dimension for queries, keys and values, else torch falls back to the N x M matrix.
+    head_dim = max(keys.shape[2], values.shape[2])
     head_dim += -head_dim % _HEAD_DIM_ALIGNMENT
-    keys = _to_heads(keys, head_dim)
-    values = _to_heads(probabilities.to(features.dtype), head_dim)
-    with torch.autocast(features.device.type, enabled=False):
-        aggregated = F.scaled_dot_product_attention(keys, keys, values, scale=1.0 / tau)
-    aggregated = aggregated[:, 0, :, :num_classes].transpose(1, 2).unflatten(2, grid).to(probabilities.dtype)
-    # Exact already in real numbers; in half precision the rounded weights do not quite sum to one.
-    return aggregated / aggregated.sum(dim=1, keepdim=True)
+    heads = (_to_head(vectors.to(keys.dtype), head_dim) for vectors in (queries, keys, values))
+    with torch.autocast(keys.device.type, enabled=False):
+        averages = F.scaled_dot_product_attention(*heads, scale=1.0 / tau)
+    averages = averages[:, 0, :, : values.shape[2]].float()
+    # One already in real numbers; in half precision the rounded weights do not quite sum to it.
+    return averages / averages.sum(dim=2, keepdim=True)
 
 
-def _to_heads(maps: Tensor, head_dim: int) -> Tensor:
-    """`(B, D, h, w)` to one attention head `(B, 1, h * w, head_dim)`, zero-padded: zeros change no dot product."""
-    vectors = F.pad(maps.flatten(2), (0, 0, 0, head_dim - maps.shape[1]))
+def _attend_to_others(queries: Tensor, keys: Tensor, values: Tensor, tau: float) -> Tensor:
+    """The same without the pairs (i, i): queries and keys are those of the same cells.
+
+    One more key, a sink, scores with every query exactly what the query's own key does. Its weight, which comes back
+    in an extra channel of the values, is therefore the cell's own, and can be taken out of the average.
+    """
+    own_score = (queries.float() * keys.float()).sum(dim=2, keepdim=True)
+    rounded = own_score.to(queries.dtype)
+    queries = torch.cat([queries, rounded, (own_score - rounded).to(queries.dtype)], dim=2)
+    sink = F.pad(keys.new_zeros(keys.shape[0], 1, keys.shape[2]), (0, 2), value=1.0)
+    keys = torch.cat([F.pad(keys, (0, 2)), sink], dim=1)
+    with_sink = F.pad(values, (0, 1, 0, 1))
+    with_sink[:, -1, -1] = 1.0
+    averages = _attend(queries, keys, with_sink, tau)
+    others = (averages[..., :-1] - averages[..., -1:] * values).clamp(min=0.0)
+    share = others.sum(dim=2, keepdim=True)
+    return torch.where(share > _NOBODY, others / share, values)
+
+
+def _to_head(vectors: Tensor, head_dim: int) -> Tensor:
+    """`(B, N, D)` to one attention head `(B, 1, N, head_dim)`, zero-padded: zeros change no dot product."""
     # Contiguous in the channels, or torch falls back to the N x N matrix.
-    return vectors.transpose(1, 2).contiguous().unsqueeze(1)
+    return F.pad(vectors, (0, head_dim - vectors.shape[2])).contiguous().unsqueeze(1)
 
 
 def soft_label_cross_entropy(
@@ -98,6 +317,9 @@ def soft_label_cross_entropy(
     ignore_index: int = 255,
     num_items: Tensor | int | None = None,
     return_parts: bool = False,
+    *,
+    distill_void: bool = False,
+    fused: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     r"""Cross-entropy between soft labels and logits at the labels' resolution, averaged over labelled pixels.
 
@@ -109,21 +331,31 @@ def soft_label_cross_entropy(
     With `beta=0` this is `F.cross_entropy(F.interpolate(logits, ...), labels, ignore_index=ignore_index)`, except
     that a batch without a labelled pixel gives 0 instead of NaN. Computed in float32.
 
+    With `distill_void` the pixels labelled `ignore_index` learn from q alone, for sparse labels: with U these pixels,
+
+    $$L' = L + \beta \frac1{|U|} \sum_{u \in U} -\sum_c \mathrm{up}(q)_{uc} \log \mathrm{softmax}(\mathrm{up}(z)_u)_c$$
+
+    Each set has its own mean, or a few labelled points would drown in the rest of the image.
+
     Args:
-        logits: `(B, C, h, w)`, on the classifier's own grid, any floating dtype.
-        labels: `(B, H, W)`, integer classes 0 to C - 1 or `ignore_index`.
+        logits: `(B, C, h, w)`, on the classifier's own grid, any floating dtype, finite.
+        labels: `(B, H, W)`, integer classes 0 to C - 1, `ignore_index`, or [`PADDING_INDEX`] for what lies outside
+            the image: it is in no sum.
         aggregated: `(B, C, h, w)`, the distribution q to mix in. No gradient flows through it. May be left out when
             `beta` is 0.
         beta: weight of the aggregated distribution, 0 to 1.
         ignore_index: label of void pixels: they have no part in sum or mean.
         num_items: divide the sum by this instead of by the number of labelled pixels of this batch, for a mean over
-            a larger batch that is computed in parts.
-        return_parts: also return the two sums the loss is mixed from.
+            a larger batch that is computed in parts. With `distill_void` two numbers: |V| and |U|.
+        return_parts: also return the sums the loss is mixed from.
+        distill_void: see above.
+        fused: compute loss and gradient tile by tile, so that full-resolution logits exist nowhere. The same to
+            float32 rounding; first-order gradients only. False takes torch's own operations over whole maps.
 
     Returns:
         The loss, a float32 scalar; with `return_parts` also a dict of detached scalars, divided like the loss:
-        `one_hot` (cross-entropy with the label) and `aggregated` (with q), so that
-        `loss = (1 - beta) * one_hot + beta * aggregated`.
+        `one_hot` (cross-entropy with the label), `aggregated` (with q) and, with `distill_void`, `void`, so that
+        `loss = (1 - beta) * one_hot + beta * (aggregated + void)`.
 
     Raises:
         ValueError: shapes do not fit, `beta` is outside [0, 1], or `aggregated` is missing with `beta` above 0.
@@ -140,25 +372,71 @@ def soft_label_cross_entropy(
         )
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta must lie in [0, 1], got {beta}")
-    if beta > 0 and aggregated is None:
-        raise ValueError(f"beta is {beta}, so the aggregated distribution is needed")
+    if aggregated is None and beta > 0.0:
+        raise ValueError(f"an aggregated distribution is needed with beta={beta}")
     if aggregated is not None and aggregated.shape != logits.shape:
         raise ValueError(f"aggregated {tuple(aggregated.shape)} must have the shape of logits {tuple(logits.shape)}")
 
-    valid = labels != ignore_index
-    count = valid.sum() if num_items is None else torch.as_tensor(num_items, device=logits.device)
-    count = count.clamp(min=1)
+    counts = _pixel_counts(labels, ignore_index, distill_void, num_items).to(logits.device).clamp(min=1)
+    one_hot_weight = (1.0 - (0.0 if aggregated is None else beta)) / counts[0]
+    soft_weight = beta / counts[0]
+    void_weight = beta / counts[1] if distill_void and aggregated is not None else None
+    if aggregated is not None:
+        aggregated = aggregated.detach()
+    sums = FusedSoftLabelCrossEntropy.apply if fused else _soft_label_sums
     with torch.autocast(logits.device.type, enabled=False):
-        log_probabilities = upsample(logits.float(), labels.shape[1:]).log_softmax(dim=1)
-        one_hot = F.nll_loss(log_probabilities, labels, ignore_index=ignore_index, reduction="sum") / count
-        loss, parts = one_hot, {"one_hot": one_hot.detach()}
-        if aggregated is not None:
-            soft_labels = upsample(aggregated.detach().float(), labels.shape[1:])
-            cross_entropy = -(soft_labels * log_probabilities).sum(dim=1)
-            soft = cross_entropy.masked_fill(~valid, 0.0).sum() / count
-            loss = (1.0 - beta) * one_hot + beta * soft
-            parts["aggregated"] = soft.detach()
-    return (loss, parts) if return_parts else loss
+        loss, one_hot, soft, void = sums(
+            logits, labels, aggregated, one_hot_weight, soft_weight, void_weight, ignore_index
+        )
+    if not return_parts:
+        return loss
+    parts = {"one_hot": one_hot.detach() / counts[0]}
+    if aggregated is not None:
+        parts["aggregated"] = soft.detach() / counts[0]
+    if void_weight is not None:
+        parts["void"] = void.detach() / counts[1]
+    return loss, parts
+
+
+def count_pixels(labels: Tensor, ignore_index: int = 255, distill_void: bool = False) -> Tensor:
+    """The `num_items` of some labels: the number of labelled pixels, and of those that are distilled. int64 `(2,)`."""
+    void = (labels == ignore_index).sum() if distill_void else labels.new_zeros(())
+    return torch.stack([is_labelled(labels, ignore_index).sum(), void])
+
+
+def _pixel_counts(labels: Tensor, ignore_index: int, distill_void: bool, num_items: Tensor | int | None) -> Tensor:
+    if num_items is None:
+        return count_pixels(labels, ignore_index, distill_void)
+    counts = torch.as_tensor(num_items).flatten()
+    if distill_void and counts.numel() != 2:
+        raise ValueError(f"num_items must be two numbers with distill_void, labelled and void, got {num_items}")
+    return counts
+
+
+def _soft_label_sums(
+    logits: Tensor,
+    labels: Tensor,
+    aggregated: Tensor | None,
+    one_hot_weight: Tensor,
+    soft_weight: Tensor,
+    void_weight: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What [`FusedSoftLabelCrossEntropy`] computes, by torch's own operations and differentiable by autograd."""
+    log_p = upsample(logits.float(), labels.shape[1:]).log_softmax(dim=1)
+    labelled = is_labelled(labels, ignore_index)
+    target = labels.masked_fill(~labelled, 0)
+    one_hot = -log_p.gather(1, target.unsqueeze(1)).squeeze(1).masked_fill(~labelled, 0.0).sum()
+    soft = void = torch.zeros_like(one_hot)
+    loss = one_hot_weight * one_hot
+    if aggregated is not None:
+        cross_entropy = -(upsample(aggregated.float(), labels.shape[1:]) * log_p).sum(dim=1)
+        soft = cross_entropy.masked_fill(~labelled, 0.0).sum()
+        loss = loss + soft_weight * soft
+        if void_weight is not None:
+            void = cross_entropy.masked_fill(labels != ignore_index, 0.0).sum()
+            loss = loss + void_weight * void
+    return loss, one_hot, soft, void
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -169,6 +447,39 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if maps.shape[2:] == tuple(size):
         return maps
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def upsample_argmax(
+    logits: Tensor, size: tuple[int, int], return_confidence: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The most likely class of every pixel, as `upsample(logits, size).argmax(dim=1)` gives it, bit for bit.
+
+    A few classes at a time, so that full-resolution logits exist nowhere.
+
+    Args:
+        logits: `(B, C, h, w)`.
+        size: (H, W).
+        return_confidence: also return the probability of that class, float32.
+
+    Returns:
+        `(B, H, W)`, int64; with `return_confidence` also float32 `(B, H, W)`.
+
+    Example:
+        >>> upsample_argmax(torch.tensor([[[[2.0, 0.0]], [[0.0, 1.0]]]]), (1, 4))
+        tensor([[[0, 0, 1, 1]]])
+    """
+    best = logits.new_full((logits.shape[0], *size), -torch.inf)
+    winner = torch.zeros_like(best, dtype=torch.int64)
+    log_sum = best.clone() if return_confidence else None
+    for start in range(0, logits.shape[1], _CLASSES_AT_ONCE):
+        maps = upsample(logits[:, start : start + _CLASSES_AT_ONCE], size)
+        if return_confidence:
+            log_sum = torch.logaddexp(log_sum.float(), maps.float().logsumexp(dim=1))
+        highest, index = maps.max(dim=1)
+        is_better = highest > best  # of equals the first wins, as in argmax
+        best = torch.where(is_better, highest, best)
+        winner = torch.where(is_better, index + start, winner)
+    return (winner, (best.float() - log_sum).exp()) if return_confidence else winner
 
 
 def entropy(probabilities: Tensor, dim: int = 1) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from PIL import Image
@@ -17,13 +19,44 @@ from transformers import (
     SegformerForSemanticSegmentation,
     SegformerImageProcessor,
 )
+from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
 from .errors import InputError, first_line
-from .functional import upsample
+from .functional import upsample, upsample_argmax
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+
+
+_MAX_PREFIX_TOKENS = 16  # class and register tokens in front of those of the patches
+AFFINITY_SOURCES = ("classifier_input", "before_dropout", "encoder", "logits")
+
+
+@dataclass
+class OutputWithAuxiliary(SemanticSegmenterOutput):
+    """What a network returns, and what it keeps to itself: the logits of its auxiliary head."""
+
+    auxiliary_logits: Tensor | None = None
+
+
+class Reading(NamedTuple):
+    """What [`ClassifierTap`] read off one forward pass."""
+
+    features: Tensor
+    """`(B, D, h, w)`, the input of the classifier layer."""
+    logits: Tensor
+    """`(B, C, h, w)`, its output."""
+    resize: nn.Upsample | None = None
+    """The fixed interpolation that the network's head has behind its classifier, if it has one, as DPT does."""
+    auxiliary_logits: Tensor | None = None
+    """`(B, C, h', w')`, the output of an auxiliary head, if the network has one."""
+    auxiliary_weight: float = 0.0
+    """What the network weighs the loss of that head with."""
+
+    def at_output(self, maps: Tensor) -> Tensor:
+        """Maps on the classifier's grid, brought to the grid of the head's output."""
+        return maps if self.resize is None else self.resize(maps)
 
 
 class ClassifierTap:
@@ -38,37 +71,49 @@ class ClassifierTap:
         >>> tap = ClassifierTap(model)
         >>> with tap:
         ...     model(pixel_values)
-        >>> features, logits = tap.read()
+        >>> features, logits, *_ = tap.read()
+
+    Logits of an auxiliary head are read too, and put among the network's outputs ([`OutputWithAuxiliary`]): DDP has
+    to find there everything that a loss is taken of.
 
     Args:
         model: any network with `config.num_labels`. Its hooks also fire when it runs inside DDP or `torch.compile`.
+        before_dropout: take the features from before the classifier's dropout, if there is one.
 
     Raises:
         InputError: no layer fits; the message says which layers were looked at.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, before_dropout: bool = False):
         refuse_unsuitable(model.config)
         num_labels = model.config.num_labels
         layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+        fitting = {name: layer for name, layer in layers if _outputs(layer) == num_labels}
         self.model = model
-        self.layers = {
-            name: layer
-            for name, layer in layers
-            if _outputs(layer) == num_labels and not any(part.startswith("aux") for part in name.split("."))
-        }
+        self.layers = {name: layer for name, layer in fitting.items() if not _is_auxiliary(name)}
+        self.auxiliary_layers = {name: layer for name, layer in fitting.items() if _is_auxiliary(name)}
         if not self.layers:
             last = ", ".join(f"{name} ({_outputs(layer)})" for name, layer in layers[-5:]) or "none"
             raise InputError(
                 f"{type(model).__name__} has no classifier with num_labels={num_labels} outputs: looked at "
                 f"{len(layers)} convolutions and linear layers, the last of them with their outputs: {last}"
             )
+        modules = list(model.modules())
+        self._dropouts = [m for m in modules if isinstance(m, nn.Dropout | nn.Dropout2d)] if before_dropout else []
+        self._resizes = [m for m in modules if isinstance(m, nn.Upsample)]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._last: tuple[nn.Module, Tensor, Tensor] | None = None
+        self._forget()
 
     def attach(self) -> None:
         """Start listening."""
-        self._handles = [layer.register_forward_hook(self._listen) for layer in self.layers.values()]
+        listeners = [
+            (self.layers.values(), self._hear_classifier),
+            (self.auxiliary_layers.values(), self._hear_auxiliary),
+            (self._dropouts, self._hear_dropout),
+            (self._resizes, self._hear_resize),
+            ([self.model] if self.auxiliary_layers else [], self._add_to_outputs),
+        ]
+        self._handles = [layer.register_forward_hook(hear) for layers, hear in listeners for layer in layers]
 
     def detach(self) -> None:
         """Stop listening and leave no hook behind."""
@@ -82,11 +127,35 @@ class ClassifierTap:
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def _listen(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self._last = (layer, inputs[0], output)
+    def _forget(self) -> None:
+        self._last: tuple[nn.Module, Tensor, Tensor] | None = None
+        self._resize: nn.Upsample | None = None
+        self._auxiliary: Tensor | None = None
+        self._dropped: tuple[Tensor, Tensor] | None = None
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Features `(B, D, h, w)` and logits `(B, C, h, w)` of the last forward pass, once.
+    def _hear_classifier(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        features = inputs[0]
+        if self._dropped is not None and self._dropped[1] is features:
+            features = self._dropped[0]
+        self._last, self._resize, self._dropped = (layer, features, output), None, None
+
+    def _hear_dropout(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._dropped = (inputs[0], output)
+
+    def _hear_resize(self, layer: nn.Upsample, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if self._last is not None and inputs[0] is self._last[2]:
+            self._resize = layer
+
+    def _hear_auxiliary(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._auxiliary = output
+
+    def _add_to_outputs(
+        self, model: nn.Module, inputs: tuple[Tensor, ...], outputs: SemanticSegmenterOutput
+    ) -> OutputWithAuxiliary:
+        return OutputWithAuxiliary(**outputs, auxiliary_logits=self._auxiliary)
+
+    def read(self) -> Reading:
+        """What the last forward pass gave, once.
 
         Raises:
             RuntimeError: there was no forward pass since the last reading.
@@ -94,7 +163,8 @@ class ClassifierTap:
         """
         if self._last is None:
             raise RuntimeError(f"no forward pass ran through {list(self.layers)} while the tap was attached")
-        (layer, features, logits), self._last = self._last, None
+        (layer, features, logits), resize, auxiliary = self._last, self._resize, self._auxiliary
+        self._forget()
         if isinstance(layer, nn.Linear):  # channels last
             features, logits = features.movedim(-1, 1), logits.movedim(-1, 1)
         if features.ndim != 4 or features.shape[2:] != logits.shape[2:]:
@@ -102,7 +172,47 @@ class ClassifierTap:
                 f"{type(self.model).__name__}: its classifier maps {tuple(features.shape)} to {tuple(logits.shape)}, "
                 "not one grid (B, D, h, w) to another (B, C, h, w)"
             )
-        return features, logits
+        weight = getattr(self.model.config, "auxiliary_loss_weight", 0.0) if auxiliary is not None else 0.0
+        return Reading(features, logits, resize, auxiliary, weight)
+
+
+def _is_auxiliary(name: str) -> bool:
+    return any(part.startswith("aux") for part in name.split("."))
+
+
+def encoder_features(
+    hidden_states: tuple[Tensor, ...] | None, stage: int, image_size: tuple[int, int], grid: tuple[int, int]
+) -> Tensor:
+    """One of an encoder's hidden states as `(B, D, h, w)` maps on the classifier's grid.
+
+    Args:
+        hidden_states: what a network gives with `output_hidden_states=True`: maps `(B, D, h', w')`, or the tokens
+            `(B, L, D)` of a vision transformer, where class and register tokens come first.
+        stage: index into them; -1 is the last.
+        image_size: (H, W) of the network's input.
+        grid: (h, w) of the classifier.
+
+    Raises:
+        InputError: there is no such stage, or it cannot be laid out on the image.
+    """
+    if hidden_states is None or not -len(hidden_states) <= stage < len(hidden_states):
+        raise InputError(f"encoder_stage {stage}: the network has {len(hidden_states or ())} hidden states")
+    features = hidden_states[stage]
+    if features.ndim == 3:
+        features = _tokens_to_maps(features, image_size)
+    if features.ndim != 4:
+        raise InputError(f"encoder_stage {stage} is {tuple(features.shape)}, no map of features (B, D, h, w)")
+    return upsample(features, grid)
+
+
+def _tokens_to_maps(tokens: Tensor, image_size: tuple[int, int]) -> Tensor:
+    length = tokens.shape[1]
+    side = math.gcd(*image_size)
+    for patch in [size for size in range(1, side + 1) if side % size == 0]:
+        height, width = image_size[0] // patch, image_size[1] // patch
+        if 0 <= length - height * width <= _MAX_PREFIX_TOKENS:
+            return tokens[:, length - height * width :].transpose(1, 2).unflatten(2, (height, width))
+    raise InputError(f"{length} tokens do not cover an image of {image_size[0]}x{image_size[1]} in square patches")
 
 
 def _outputs(layer: nn.Conv2d | nn.Linear) -> int:
@@ -155,11 +265,28 @@ def build_model(name_or_path: str | None, id2label: dict[int, str]) -> PreTraine
     if hasattr(config, "use_auxiliary_head"):
         config.use_auxiliary_head = False
     try:
-        return AutoModelForSemanticSegmentation.from_pretrained(
-            name_or_path, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
+        model, info = AutoModelForSemanticSegmentation.from_pretrained(
+            name_or_path,
+            config=config,
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     except (ImportError, OSError, SafetensorError) as error:
         raise InputError(f"cannot load the model {name_or_path!r}: {first_line(error)}") from error
+    _start_new_classifier(model, info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]})
+    return model
+
+
+def _start_new_classifier(model: PreTrainedModel, new_parameters: set[str]) -> None:
+    """Initialise a newly made classifier by its fan-in, as torch does.
+
+    transformers draws all weights with deviation 0.02. For a head of 64 channels that is so small that a short
+    training does not get it to grow: UperNet's loss after 40 steps is 0.95, and 0.6 from torch's initialisation.
+    """
+    for name, layer in ClassifierTap(model).layers.items():
+        if f"{name}.weight" in new_parameters:
+            layer.reset_parameters()
 
 
 def build_image_processor(name_or_path: str | None, image_size: tuple[int, int] | None = None) -> BaseImageProcessor:
@@ -221,4 +348,4 @@ def predict_mask(model: PreTrainedModel, processor: BaseImageProcessor, image: I
     """Class indices `(H, W)` for one picture at its own size, as evaluation and `pipeline` predict them."""
     pixel_values = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"].to(model.device)
     logits = model(pixel_values=pixel_values).logits
-    return upsample(logits, (image.height, image.width))[0].argmax(dim=0).cpu()
+    return upsample_argmax(logits, (image.height, image.width))[0].cpu()

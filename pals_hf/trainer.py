@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -13,29 +14,32 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import broadcast
 from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .config import PALSConfig
-from .data import collate
+from .data import WEAK_VIEW, collate
 from .errors import InputError, first_line
-from .functional import upsample
+from .functional import count_pixels, soft_label_cross_entropy, upsample_argmax
 from .losses import CrossEntropyLoss, LabelSmoothingLoss, PALSLoss
 from .metrics import SegmentationMetrics, confusion_matrix, nan_to_none
-from .models import ClassifierTap, backbone_of
+from .models import ClassifierTap, Reading, backbone_of, encoder_features
 
 logger = logging.get_logger(__name__)
 
+AVERAGE_NAME = "average.safetensors"  # the teacher's weights, in a checkpoint
 _CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
 def build_loss(config: PALSConfig) -> nn.Module:
     """The loss module that `config.loss` names."""
     if config.loss == "pals":
-        return PALSLoss(config.beta, config.tau, config.temperature, config.ignore_index)
+        return PALSLoss(**{name: getattr(config, name) for name in inspect.signature(PALSLoss).parameters})
     if config.loss == "label_smoothing":
         return LabelSmoothingLoss(config.smoothing, config.ignore_index)
     return CrossEntropyLoss(config.ignore_index)
@@ -52,7 +56,10 @@ class PALSTrainer(Trainer):
     - every log line has the one-hot and the aggregated part of the loss, beta and the mean entropy of q in nats;
     - evaluation scores every image at its own mask's size and gathers one count matrix per image, nothing larger.
       `eval_loss` is cross-entropy over labelled pixels, whatever the training loss;
-    - the head has its own learning rate; backbone or batch norm can be frozen.
+    - the head has its own learning rate; backbone or batch norm can be frozen;
+    - an auxiliary head, where the model was built with one, learns by cross-entropy with the weight of its config;
+    - with `args.teacher` "ema" each checkpoint also holds the averaged weights, so that a resumed run is the same run.
+      What is evaluated and saved as the model is the live network.
 
     Args:
         model: a model of `AutoModelForSemanticSegmentation`.
@@ -95,7 +102,14 @@ class PALSTrainer(Trainer):
         self.compute_metrics = self._stream_metrics
         self._cross_entropy_sum = 0.0
         self._loss_parts: Counter[str] = Counter()
-        self.add_callback(_EpochCallback(self))
+        self._average: AveragedModel | None = None
+        if args.loss == "pals" and args.teacher == "ema":
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise InputError("teacher='ema' needs the whole network on every device, without FSDP or DeepSpeed")
+            average = get_ema_multi_avg_fn(args.ema_decay)
+            self._average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+            self._average.eval()
+        self.add_callback(_TrainingCallback(self))
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         model = super().call_model_init(trial)
@@ -103,7 +117,7 @@ class PALSTrainer(Trainer):
         return model
 
     def _adopt(self, model: PreTrainedModel, args: PALSConfig) -> None:
-        self._tap = ClassifierTap(model)
+        self._tap = ClassifierTap(model, before_dropout=args.affinity_source == "before_dropout")
         if args.freeze_backbone:
             backbone_of(model).requires_grad_(False)
 
@@ -122,12 +136,13 @@ class PALSTrainer(Trainer):
         """
         if model.training:
             self._freeze_statistics()
-        with self._tap:
-            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        features, logits = self._tap.read()
+        reading, outputs = self._read(model, self._tap, inputs)
+        aggregated = None
         if isinstance(self.loss_function, PALSLoss):
             self.loss_function.beta = self.args.beta_at(self.state.global_step / max(1, self.state.max_steps))
-        loss = self.loss_function(logits, inputs["labels"], features, num_items_in_batch)
+            teacher = self._read_teacher(inputs) if self._has_own_teacher else reading
+            aggregated = self.loss_function.aggregate(teacher.logits, teacher.features, inputs["labels"])
+        loss = whole_loss(self.loss_function, reading, inputs["labels"], num_items_in_batch, aggregated)
         if num_items_in_batch is not None:
             # Gradients are averaged over processes, but the divisor counts the pixels of all of them.
             loss = loss * self.accelerator.num_processes
@@ -135,14 +150,53 @@ class PALSTrainer(Trainer):
             self._record_parts(scaled=num_items_in_batch is not None)
         return (loss, outputs) if return_outputs else loss
 
+    def _read(self, model: nn.Module, tap: ClassifierTap, inputs: dict[str, Any]) -> tuple[Reading, Any]:
+        """Run a network; what its tap read, with the features that `args.affinity_source` names."""
+        source = self.args.affinity_source if isinstance(self.loss_function, PALSLoss) else None
+        inputs = {name: value for name, value in inputs.items() if name not in ("labels", WEAK_VIEW)}
+        with tap:
+            outputs = model(**inputs, **({"output_hidden_states": True} if source == "encoder" else {}))
+        reading = tap.read()
+        if source == "logits":
+            reading = reading._replace(features=reading.logits)
+        elif source == "encoder":
+            size, grid = inputs["pixel_values"].shape[2:], reading.logits.shape[2:]
+            features = encoder_features(outputs.hidden_states, self.args.encoder_stage, size, grid)
+            reading = reading._replace(features=features)
+        return reading, outputs
+
+    @property
+    def _has_own_teacher(self) -> bool:
+        return self._average is not None or self.args.teacher_view != "same"
+
+    @torch.no_grad()
+    def _read_teacher(self, inputs: dict[str, Any]) -> Reading:
+        """The teacher's own forward pass, in evaluation mode: no dropout, and no batch statistics change."""
+        if self.args.teacher_view == "weak":
+            if WEAK_VIEW not in inputs:
+                raise InputError(f"teacher_view='weak' needs {WEAK_VIEW!r}: use TrainTransform(..., weak_view=True)")
+            inputs = {**inputs, "pixel_values": inputs[WEAK_VIEW]}
+        if self._average is not None:
+            network = self._average.module
+            before_dropout = self.args.affinity_source == "before_dropout"
+            return self._read(network, ClassifierTap(network, before_dropout), inputs)[0]
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            return self._read(self.model, self._tap, inputs)[0]
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
-        """The number of labelled pixels in all micro-batches of all processes: the parent counts void pixels too."""
+        """[`count_pixels`] of all micro-batches of all processes: the parent counts void pixels as labelled ones."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
         if any(isinstance(value, list) for batch in batch_samples for value in batch.values()):
             raise InputError("images of one training batch differ in size: crop them to one size in the transform")
-        count = sum((batch["labels"] != self.args.ignore_index).sum() for batch in batch_samples)
-        return self.accelerator.gather(count.to(device)).sum()
+        distill_void = getattr(self.loss_function, "distill_void", False)
+        counts = [count_pixels(batch["labels"], self.args.ignore_index, distill_void) for batch in batch_samples]
+        return self.accelerator.reduce(torch.stack(counts).sum(dim=0).to(device), "sum")
 
     def _freeze_statistics(self) -> None:
         """Put frozen batch norm layers back into evaluation mode, which `model.train()` has just ended."""
@@ -236,6 +290,20 @@ class PALSTrainer(Trainer):
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._average is not None and self.args.should_save:
+            save_model(self._average, os.path.join(output_dir, AVERAGE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._average is not None:
+            path = os.path.join(checkpoint, AVERAGE_NAME)
+            try:
+                load_model(self._average, path)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise InputError(f"teacher='ema' cannot resume from {path}: {first_line(error)}") from error
+
     # ---- Evaluation ----
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
@@ -266,13 +334,10 @@ class PALSTrainer(Trainer):
         counts, losses = [], []
         with torch.no_grad():
             for logits, labels in zip(self._logits_of(model, inputs["pixel_values"]), inputs["labels"], strict=True):
-                logits = upsample(logits[None].float(), labels.shape)
-                predictions = logits.argmax(dim=1)[0]
-                ignore_index = self.args.ignore_index
+                logits, ignore_index = logits[None].float(), self.args.ignore_index
+                predictions = upsample_argmax(logits, labels.shape)[0]
                 counts.append(confusion_matrix(predictions, labels, self.metrics.num_labels, ignore_index))
-                losses.append(
-                    nn.functional.cross_entropy(logits, labels[None], ignore_index=ignore_index, reduction="sum")
-                )
+                losses.append(soft_label_cross_entropy(logits, labels[None], ignore_index=ignore_index, num_items=1))
         return None, torch.stack(counts), torch.stack(losses)
 
     def _logits_of(self, model: nn.Module, pixel_values: Tensor | list[Tensor]):
@@ -290,15 +355,46 @@ class PALSTrainer(Trainer):
         return {"loss": self._cross_entropy_sum / pixels if pixels else float("nan"), **self.metrics.compute()}
 
 
-class _EpochCallback(TrainerCallback):
-    """Tells the training set which epoch it is: Accelerate does so only where its sampler leaves it room."""
+class _TrainingCallback(TrainerCallback):
+    """Tells the training set which epoch it is, and the averaged network that there was a step."""
 
     def __init__(self, trainer: PALSTrainer):
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
+        # Accelerate does so only where its sampler leaves it room.
         if hasattr(self.trainer.train_dataset, "set_epoch"):
             self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer._average is not None:
+            self.trainer._average.update_parameters(self.trainer.model)
+
+
+def whole_loss(
+    loss: nn.Module,
+    reading: Reading,
+    labels: Tensor,
+    num_items: Tensor | int | None = None,
+    aggregated: Tensor | None = None,
+) -> Tensor:
+    """A loss of this package on what a tap read, an auxiliary head's cross-entropy included.
+
+    q is made on the classifier's grid (unless `aggregated` is given), the loss is taken at the output of the head.
+    """
+    given = {}
+    if isinstance(loss, PALSLoss):
+        if aggregated is None:
+            aggregated = loss.aggregate(reading.logits, reading.features, labels)
+        given["aggregated"] = reading.at_output(aggregated)
+    value = loss(reading.at_output(reading.logits), labels, num_items=num_items, **given)
+    if reading.auxiliary_logits is not None:
+        auxiliary = soft_label_cross_entropy(
+            reading.auxiliary_logits, labels, ignore_index=loss.ignore_index, num_items=num_items
+        )
+        loss.parts["auxiliary"] = auxiliary.detach()
+        value = value + reading.auxiliary_weight * auxiliary
+    return value
 
 
 def compute_loss_func(loss: nn.Module, model: nn.Module) -> Callable[..., Tensor]:
@@ -320,13 +416,13 @@ def compute_loss_func(loss: nn.Module, model: nn.Module) -> Callable[..., Tensor
     tap.attach()
 
     def compute(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        features, logits = tap.read()
+        reading = tap.read()
         counted = labels != -100
         labels = labels.masked_fill(~counted, loss.ignore_index)
         if num_items_in_batch is None:
-            return loss(logits, labels, features)
+            return whole_loss(loss, reading, labels)
         share_labelled = (labels != loss.ignore_index).sum() / counted.sum().clamp(min=1)
-        return loss(logits, labels, features, num_items_in_batch * share_labelled)
+        return whole_loss(loss, reading, labels, num_items_in_batch * share_labelled)
 
     return compute
 

@@ -4,26 +4,95 @@ import torch
 import torch.nn.functional as F
 
 
-def aggregate(features, probabilities, tau):
-    f = F.normalize(features.double(), dim=1).flatten(2)  # (B, D, N)
-    p = probabilities.double().flatten(2)  # (B, C, N)
-    similarity = torch.softmax(f.transpose(1, 2) @ f / tau, dim=2)  # (B, N, N), rows sum to one
-    return (similarity @ p.transpose(1, 2)).transpose(1, 2).reshape(probabilities.shape)
+def pool_labels(labels, grid, num_classes, ignore_index=255):
+    """Majority per cell by counting pixel by pixel; the label map must not be smaller than the grid."""
+    pooled = torch.full((labels.shape[0], *grid), ignore_index)
+    for image in range(labels.shape[0]):
+        counts = torch.zeros(*grid, num_classes, dtype=torch.int64)
+        for row in range(labels.shape[1]):
+            for column in range(labels.shape[2]):
+                label = int(labels[image, row, column])
+                if 0 <= label < num_classes:
+                    counts[row * grid[0] // labels.shape[1], column * grid[1] // labels.shape[2], label] += 1
+        for row in range(grid[0]):
+            for column in range(grid[1]):
+                if counts[row, column].any():
+                    pooled[image, row, column] = counts[row, column].argmax()
+    return pooled
 
 
-def soft_label_loss(logits, labels, aggregated, beta, ignore_index=255):
+def block_means(maps, stride):
+    """Means of blocks of cells, smaller at the lower and right edges."""
+    height, width = maps.shape[2:]
+    rows = [
+        torch.stack(
+            [maps[:, :, y : y + stride, x : x + stride].mean(dim=(2, 3)) for x in range(0, width, stride)], dim=2
+        )
+        for y in range(0, height, stride)
+    ]
+    return torch.stack(rows, dim=2)
+
+
+def aggregate(
+    features,
+    probabilities,
+    tau,
+    labels=None,
+    pairs="all",
+    include_self=True,
+    void_keys=True,
+    propagation_steps=1,
+    propagation_weight=1.0,
+    affinity_stride=1,
+    affinity_pooling="both",
+):
+    num_classes, grid = probabilities.shape[1], probabilities.shape[2:]
+    queries = F.normalize(features.double(), dim=1)
+    keys, own = queries, probabilities.double()
+    if affinity_stride > 1:
+        keys = F.normalize(block_means(queries, affinity_stride), dim=1)
+        if affinity_pooling == "both":
+            queries, own = keys, block_means(own, affinity_stride)
+    query_grid, key_grid = queries.shape[2:], keys.shape[2:]
+    similarity = queries.flatten(2).transpose(1, 2) @ keys.flatten(2) / tau  # (B, N, M)
+    counts = torch.ones_like(similarity, dtype=torch.bool)
+    if pairs == "same_class" or not void_keys:
+        of_query, of_key = (pool_labels(labels, g, num_classes).flatten(1) for g in (query_grid, key_grid))
+        if not void_keys:
+            counts &= (of_key != 255)[:, None, :]
+        if pairs == "same_class":
+            counts &= (of_query[:, :, None] == of_key[:, None, :]) | (of_query == 255)[:, :, None]
+    if not include_self:
+        counts &= ~torch.eye(similarity.shape[1], dtype=torch.bool)
+    weights = torch.softmax(similarity.masked_fill(~counts, -torch.inf), dim=2)
+    q = own
+    for _ in range(propagation_steps):
+        values = q if query_grid == key_grid else block_means(q, affinity_stride)
+        averaged = (weights @ values.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, query_grid)
+        averaged = torch.where(averaged.isnan(), q, averaged)  # nobody is left to average over
+        q = propagation_weight * averaged + (1 - propagation_weight) * own
+    if query_grid != grid:
+        q = F.interpolate(q, scale_factor=affinity_stride, mode="bilinear", align_corners=False)
+        q = q[:, :, : grid[0], : grid[1]]
+    return q
+
+
+def soft_label_loss(logits, labels, aggregated, beta, ignore_index=255, distill_void=False):
     num_classes, size = logits.shape[1], labels.shape[1:]
     log_p = F.interpolate(logits.double(), size=size, mode="bilinear", align_corners=False).log_softmax(dim=1)
     q = F.interpolate(aggregated.double(), size=size, mode="bilinear", align_corners=False)
-    total, count = 0.0, 0
+    total, count, void_total, void_count = 0.0, 0, 0.0, 0
     for image in range(labels.shape[0]):
         for row in range(size[0]):
             for column in range(size[1]):
                 label = int(labels[image, row, column])
+                pixel_q, pixel_log_p = q[image, :, row, column], log_p[image, :, row, column]
                 if label == ignore_index:
-                    continue
-                one_hot = F.one_hot(torch.tensor(label), num_classes).double()
-                soft = (1 - beta) * one_hot + beta * q[image, :, row, column]
-                total = total - (soft * log_p[image, :, row, column]).sum()
-                count += 1
-    return total / count
+                    void_total = void_total - (pixel_q * pixel_log_p).sum()
+                    void_count += 1
+                elif label >= 0:
+                    one_hot = F.one_hot(torch.tensor(label), num_classes).double()
+                    total = total - (((1 - beta) * one_hot + beta * pixel_q) * pixel_log_p).sum()
+                    count += 1
+    loss = total / count
+    return loss + beta * void_total / void_count if distill_void else loss

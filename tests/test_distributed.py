@@ -9,7 +9,7 @@ from launching import launch
 SCRIPT = Path(__file__).parent / "train_one_step.py"
 
 
-@pytest.mark.parametrize("loss", ["pals", "ce"])
+@pytest.mark.parametrize("loss", ["pals", "pals, every option", "ce"])
 def test_a_batch_gives_one_gradient_however_it_is_cut_up(loss, tmp_path):
     """8 images at once = 2 processes x 2 images x 2 accumulation steps, with unevenly void masks."""
     records = {}

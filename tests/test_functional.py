@@ -6,7 +6,16 @@ import reference
 import torch
 import torch.nn.functional as F
 
-from pals_hf.functional import aggregate_probabilities, entropy, soft_label_cross_entropy, upsample
+from pals_hf.functional import (
+    PADDING_INDEX,
+    aggregate_probabilities,
+    count_pixels,
+    entropy,
+    pool_labels,
+    soft_label_cross_entropy,
+    upsample,
+    upsample_argmax,
+)
 
 
 def maps(channels, grid=(6, 9), batch=2, seed=0):
@@ -17,6 +26,14 @@ def random_labels(size=(24, 36), classes=3, void_share=0.2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, classes, (2, *size), generator=generator)
     return labels.masked_fill(torch.rand(labels.shape, generator=generator) < void_share, 255)
+
+
+def patchy_labels(size=(24, 36)):
+    """Stripes of three classes and a void corner, coarse enough that cells of 4 x 4 pixels are of one kind."""
+    labels = (torch.arange(size[1]) // 7 % 3).expand(2, *size).clone()
+    labels[:, : size[0] // 3, : size[1] // 2] = 255
+    labels[1] = labels[1].flip(0)
+    return labels
 
 
 class TestAggregateProbabilities:
@@ -77,30 +94,248 @@ class TestAggregateProbabilities:
         with pytest.raises(ValueError, match=message):
             aggregate_probabilities(features, probabilities, tau=tau)
 
-    def test_memory_is_linear_in_the_pixels(self):
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"pairs": "same_class"},
+            {"pairs": "same_class", "void_keys": False},
+            {"void_keys": False},
+            {"include_self": False},
+            {"include_self": False, "pairs": "same_class"},
+            {"include_self": False, "pairs": "same_class", "void_keys": False},
+            {"propagation_steps": 3, "propagation_weight": 0.6},
+            {"propagation_steps": 2, "include_self": False},
+            {"affinity_stride": 2},
+            {"affinity_stride": 2, "affinity_pooling": "keys"},
+            {"affinity_stride": 4, "pairs": "same_class", "void_keys": False, "include_self": False},
+            {"affinity_stride": 4, "affinity_pooling": "keys", "propagation_steps": 2, "void_keys": False},
+            {"affinity_stride": 2, "affinity_pooling": "keys", "pairs": "same_class"},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("tau", [0.3, 1.0])
+    def test_options_equal_the_materialised_matrix(self, options, tau):
+        f, p, labels = maps(8), maps(3, seed=1).softmax(dim=1), patchy_labels()
+        q = aggregate_probabilities(f, p, tau=tau, labels=labels, **options)
+        expected = reference.aggregate(f, p, tau, labels, **options)
+        torch.testing.assert_close(q.double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(q.sum(dim=1), torch.ones(2, 6, 9))
+        assert (q - aggregate_probabilities(f, p, tau=tau)).abs().max() > 1e-3  # the option does something
+
+    @pytest.mark.parametrize("options", [{"pairs": "same_class"}, {"include_self": False}, {"void_keys": False}])
+    def test_options_in_bfloat16(self, options):
+        f, p = maps(16, (12, 18)), maps(5, (12, 18), seed=1).softmax(dim=1)
+        q = aggregate_probabilities(f.bfloat16(), p, tau=0.3, labels=patchy_labels(), **options)
+        expected = reference.aggregate(f, p, 0.3, patchy_labels(), **options)
+        assert (q.double() - expected).norm() / expected.norm() < 1e-2
+
+    def test_a_cell_that_is_alone_keeps_its_own_distribution(self):
+        labels = torch.zeros(1, 6, 9, dtype=torch.int64)
+        labels[0, 2, 3] = 1
+        f, p = maps(8, batch=1), maps(3, seed=1, batch=1).softmax(dim=1)
+        q = aggregate_probabilities(f, p, tau=0.3, labels=labels, pairs="same_class", include_self=False)
+        torch.testing.assert_close(q[..., 2, 3], p[..., 2, 3])
+        assert (q - p).abs().max() > 0.01
+
+    def test_values_of_void_cells_stay_out_without_void_keys(self):
+        f, p, labels = maps(8), maps(3, seed=1).softmax(dim=1), patchy_labels()
+        void = pool_labels(labels, (6, 9), 3) == 255
+        assert void.any()
+        changed = torch.where(void[:, None], p.flip(1), p)
+        q, q_changed = (aggregate_probabilities(f, x, tau=0.3, labels=labels, void_keys=False) for x in (p, changed))
+        torch.testing.assert_close(q, q_changed)
+
+    def test_the_cap_raises_the_stride(self):
+        f, p = maps(8), maps(3, seed=1).softmax(dim=1)
+        capped = aggregate_probabilities(f, p, tau=0.3, max_affinity_cells=6)  # 3 x 3 blocks of the 6 x 9 cells
+        assert torch.equal(capped, aggregate_probabilities(f, p, tau=0.3, affinity_stride=3))
+        assert torch.equal(
+            aggregate_probabilities(f, p, tau=0.3, max_affinity_cells=54), aggregate_probabilities(f, p, tau=0.3)
+        )
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"pairs": "some"}, "pairs must be one of all, same_class"),
+            ({"affinity_pooling": "queries"}, "affinity_pooling must be one of"),
+            ({"affinity_stride": 0}, "affinity_stride must be at least 1"),
+            ({"max_affinity_cells": 0}, "max_affinity_cells must be at least 1"),
+            ({"propagation_steps": 0}, "propagation_steps must be at least 1"),
+            ({"propagation_weight": 1.2}, "propagation_weight must lie in"),
+            ({"include_self": False, "affinity_pooling": "keys"}, "include_self=False needs affinity_pooling='both'"),
+            ({"pairs": "same_class"}, "needs labels"),
+            ({"void_keys": False, "labels": patchy_labels()[:1]}, "needs labels"),
+        ],
+    )
+    def test_refuses_options(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            aggregate_probabilities(maps(8), maps(3), tau=0.3, **options)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            "",
+            "labels=labels, pairs='same_class', include_self=False, void_keys=False",
+            "affinity_stride=2, affinity_pooling='keys', propagation_steps=2",
+        ],
+    )
+    def test_memory_is_linear_in_the_pixels(self, options):
         """N = 16 384: the matrix alone is 1 GiB. In a process of its own, whose peak is its own."""
         script = (
             "import resource, torch\n"
             "from pals_hf.functional import aggregate_probabilities\n"
             "f, p = torch.randn(1, 16, 128, 128), torch.randn(1, 3, 128, 128).softmax(1)\n"
+            "labels = torch.randint(0, 3, (1, 512, 512))\n"
             "aggregate_probabilities(f[..., :8, :8], p[..., :8, :8], tau=0.3)\n"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "aggregate_probabilities(f, p, tau=0.3)\n"
+            f"aggregate_probabilities(f, p, tau=0.3, {options})\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
         )
         extra = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
         assert extra < 200 * 1024  # KiB
 
 
+class TestPoolLabels:
+    @pytest.mark.parametrize("grid", [(6, 9), (24, 36), (5, 7), (1, 1)])
+    def test_is_the_majority_of_the_labelled_pixels(self, grid):
+        labels = random_labels(void_share=0.6)
+        assert torch.equal(pool_labels(labels, grid, 3), reference.pool_labels(labels, grid, 3))
+
+    def test_padding_is_void(self):
+        labels = torch.tensor([[[PADDING_INDEX, PADDING_INDEX, 2, PADDING_INDEX]]])
+        assert pool_labels(labels, (1, 2), 3).tolist() == [[[255, 2]]]
+
+    def test_on_a_grid_finer_than_the_labels(self):
+        assert pool_labels(torch.tensor([[[0, 1]]]), (2, 4), 2).tolist() == [[[0, 0, 1, 1]] * 2]
+
+
+FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+
+
 class TestSoftLabelCrossEntropy:
+    @FUSED
     @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-    @pytest.mark.parametrize("size", [(6, 9), (24, 36), (25, 31)])
-    def test_equals_the_formula(self, beta, size):
+    @pytest.mark.parametrize("size", [(6, 9), (24, 36), (25, 31), (5, 4)])
+    @pytest.mark.parametrize("distill_void", [False, True])
+    def test_equals_the_formula(self, beta, size, fused, distill_void):
         logits, aggregated = maps(3) * 3, maps(3, seed=1).softmax(dim=1)
         labels = random_labels(size)
-        expected = reference.soft_label_loss(logits, labels, aggregated, beta)
-        loss = soft_label_cross_entropy(logits, labels, aggregated, beta)
+        labels[:, :, -1] = PADDING_INDEX
+        expected = reference.soft_label_loss(logits, labels, aggregated, beta, distill_void=distill_void)
+        loss = soft_label_cross_entropy(logits, labels, aggregated, beta, fused=fused, distill_void=distill_void)
         torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+
+    @pytest.mark.parametrize("classes", [2, 19])
+    @pytest.mark.parametrize("size", [(256, 384), (250, 301), (64, 96), (40, 50), (1, 1)])
+    @pytest.mark.parametrize("beta", [None, 0.3])
+    def test_fused_equals_plain(self, classes, size, beta):
+        """Integer and fractional scales up and down, over several tiles, with gradients."""
+        logits = (maps(classes, (64, 96)) * 3).requires_grad_()
+        labels = random_labels(size, classes)
+        labels[:, -3:] = PADDING_INDEX if size[0] > 3 else 0
+        arguments = {} if beta is None else {"beta": beta, "distill_void": True}
+        if beta is not None:
+            arguments["aggregated"] = maps(classes, (64, 96), seed=1).softmax(dim=1)
+        results = []
+        for fused in (True, False):
+            loss, parts = soft_label_cross_entropy(logits, labels, return_parts=True, fused=fused, **arguments)
+            results.append((loss, *parts.values(), torch.autograd.grad(loss, logits)[0]))
+            assert parts.keys() == ({"one_hot"} if beta is None else {"one_hot", "aggregated", "void"})
+        *values, gradient = results[0]
+        *plain_values, plain_gradient = results[1]
+        torch.testing.assert_close(values, plain_values, rtol=2e-6, atol=0)
+        assert (gradient - plain_gradient).norm() <= 1e-6 * plain_gradient.norm()
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_fused_gradient_of_half_precision_logits(self, dtype):
+        logits, labels = maps(3).to(dtype).requires_grad_(), random_labels()
+        scale = 2.0**14  # what a gradient scaler multiplies by
+        fused, plain = (
+            torch.autograd.grad(soft_label_cross_entropy(logits, labels, fused=fused) * scale, logits)[0]
+            for fused in (True, False)
+        )
+        assert fused.dtype == dtype
+        torch.testing.assert_close(fused, plain, rtol=1e-2, atol=1e-3)
+
+    def test_fused_with_a_gradient_scaler(self):
+        parameter = torch.nn.Parameter(maps(3))
+        optimizer = torch.optim.SGD([parameter], lr=1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        before, labels = parameter.detach().clone(), random_labels()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = soft_label_cross_entropy(parameter, labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        leaf = before.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(soft_label_cross_entropy(leaf, labels, fused=False), leaf)
+        torch.testing.assert_close(before - parameter.detach(), expected, rtol=1e-4, atol=1e-7)
+
+    def test_fused_under_gradient_checkpointing(self):
+        layer, x, labels = torch.nn.Conv2d(4, 3, 1), maps(4), random_labels()
+
+        def loss_of(x):
+            return soft_label_cross_entropy(layer(x), labels)
+
+        expected = torch.autograd.grad(loss_of(x), layer.weight)[0]
+        loss = torch.utils.checkpoint.checkpoint(loss_of, x, use_reentrant=False)
+        torch.testing.assert_close(torch.autograd.grad(loss, layer.weight)[0], expected)
+
+    def test_fused_has_first_order_gradients_only(self):
+        logits = maps(3).requires_grad_()
+        (gradient,) = torch.autograd.grad(soft_label_cross_entropy(logits, random_labels()), logits, create_graph=True)
+        assert not gradient.requires_grad
+
+    def test_plain_has_gradients_of_any_order(self):
+        logits = maps(3, (2, 2)).double().requires_grad_()
+        labels = random_labels((4, 4))
+        (gradient,) = torch.autograd.grad(
+            soft_label_cross_entropy(logits, labels, fused=False), logits, create_graph=True
+        )
+        gradient.square().sum().backward()
+        assert logits.grad.norm() > 0
+
+    def test_fused_without_gradient(self):
+        logits, labels = maps(3), random_labels()
+        assert not soft_label_cross_entropy(logits, labels).requires_grad
+        with torch.no_grad():
+            loss = soft_label_cross_entropy(logits.clone().requires_grad_(), labels)
+        assert loss == soft_label_cross_entropy(logits, labels)
+
+    def test_fused_channels_last_logits(self):
+        logits, labels = maps(5), random_labels(classes=5)
+        expected = soft_label_cross_entropy(logits, labels)
+        assert soft_label_cross_entropy(logits.to(memory_format=torch.channels_last), labels) == expected
+
+    def test_full_resolution_logits_exist_nowhere(self):
+        """19 classes at 1024 x 1024 are 80 MB in float32, and the plain path holds several of them."""
+        script = (
+            "import resource, torch\n"
+            "from pals_hf.functional import soft_label_cross_entropy\n"
+            "def run(size):\n"
+            "    z = torch.randn(1, 19, size // 4, size // 4, requires_grad=True)\n"
+            "    q, y = z.detach().softmax(1), torch.randint(0, 19, (1, size, size))\n"
+            "    soft_label_cross_entropy(z, y, q, 0.3).backward()\n"
+            "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "before = run(64)\n"
+            "print(run(1024) - before)"
+        )
+        extra = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+        assert extra < 70 * 1024  # KiB: 8 MB of labels, 4 x 5 MB of maps, tiles
+
+    def test_num_items_with_distillation_are_two(self):
+        logits, labels, q = maps(3), random_labels(), maps(3, seed=1).softmax(dim=1)
+        whole = soft_label_cross_entropy(logits, labels, q, 0.3, distill_void=True)
+        counts = count_pixels(labels, distill_void=True)
+        assert counts.tolist() == [(labels != 255).sum(), (labels == 255).sum()]
+        parts = [
+            soft_label_cross_entropy(
+                logits[i : i + 1], labels[i : i + 1], q[i : i + 1], 0.3, num_items=counts, distill_void=True
+            )
+            for i in range(2)
+        ]
+        torch.testing.assert_close(sum(parts), whole)
+        with pytest.raises(ValueError, match="num_items must be two numbers"):
+            soft_label_cross_entropy(logits, labels, q, 0.3, num_items=7, distill_void=True)
 
     @pytest.mark.parametrize("size", [(24, 36), (25, 31)])
     def test_beta_zero_is_cross_entropy(self, size):
@@ -148,13 +383,6 @@ class TestSoftLabelCrossEntropy:
         loss.backward()
         assert loss == 0
         assert (logits.grad == 0).all()
-
-    def test_infinite_values_under_void_stay_out(self):
-        labels = random_labels((6, 9), void_share=0)
-        labels[0, 0, 0] = 255
-        logits = maps(3)
-        logits[0, 0, 0, 0] = float("-inf")
-        assert soft_label_cross_entropy(logits, labels, maps(3, seed=1).softmax(dim=1), 0.5).isfinite()
 
     def test_num_items_makes_parts_add_up(self):
         logits, labels, aggregated = maps(3), random_labels(), maps(3, seed=1).softmax(dim=1)
@@ -213,6 +441,21 @@ def test_upsample_is_what_image_processors_do():
     expected = F.interpolate(logits, size=(25, 31), mode="bilinear", align_corners=False)
     assert torch.equal(upsample(logits, (25, 31)), expected)
     assert upsample(logits, (6, 9)) is logits
+
+
+class TestUpsampleArgmax:
+    @pytest.mark.parametrize("classes", [2, 4, 19])
+    @pytest.mark.parametrize("size", [(24, 36), (25, 31), (6, 9), (3, 4)])
+    def test_is_the_argmax_of_upsampled_logits(self, classes, size):
+        logits = maps(classes)
+        winner, confidence = upsample_argmax(logits, size, return_confidence=True)
+        expected = upsample(logits, size).softmax(dim=1).max(dim=1)
+        assert torch.equal(winner, upsample(logits, size).argmax(dim=1))
+        torch.testing.assert_close(confidence, expected.values)
+        assert torch.equal(upsample_argmax(logits, size), winner)
+
+    def test_the_first_of_equals_wins(self):
+        assert (upsample_argmax(torch.zeros(1, 9, 2, 2), (4, 4)) == 0).all()
 
 
 def test_entropy():

@@ -2,7 +2,6 @@ import json
 
 import pytest
 import torch
-import transformers
 from conftest import NUM_LABELS, tiny_segformer, tiny_upernet
 from PIL import Image
 from torch import nn
@@ -19,38 +18,10 @@ from pals_hf.models import (
     backbone_of,
     build_image_processor,
     build_model,
+    encoder_features,
     predict_mask,
     refuse_unsuitable,
 )
-
-# (patch, layers, width) of one tiny vision transformer; four stages feed the decoders.
-VIT = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
-VIT |= {"intermediate_size": 16, "num_labels": NUM_LABELS}
-BEIT = {**VIT, "use_auxiliary_head": True, "auxiliary_channels": 8, "auxiliary_num_convs": 1, "pool_scales": [1, 2]}
-DPT = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "use_auxiliary_head": True}
-OTHERS = {
-    "beit": lambda: transformers.BeitForSemanticSegmentation(
-        transformers.BeitConfig(**BEIT, out_indices=[1, 2, 3, 4], add_fpn=True)
-    ),
-    "data2vec-vision": lambda: transformers.Data2VecVisionForSemanticSegmentation(
-        transformers.Data2VecVisionConfig(**BEIT, out_indices=[0, 1, 2, 3])
-    ),
-    "dpt": lambda: transformers.DPTForSemanticSegmentation(
-        transformers.DPTConfig(**VIT, **DPT, backbone_out_indices=[0, 1, 2, 3])
-    ),
-    "mobilevit": lambda: transformers.MobileViTForSemanticSegmentation(
-        transformers.MobileViTConfig(
-            hidden_sizes=[12, 16, 20],
-            neck_hidden_sizes=[8, 8, 16, 16, 32, 32, 32],
-            image_size=32,
-            aspp_out_channels=16,
-            num_labels=NUM_LABELS,
-        )
-    ),
-    "mobilevitv2": lambda: transformers.MobileViTV2ForSemanticSegmentation(
-        transformers.MobileViTV2Config(width_multiplier=0.25, image_size=64, num_labels=NUM_LABELS)
-    ),
-}
 
 NAMES = {index: f"class {index}" for index in range(NUM_LABELS)}
 
@@ -66,7 +37,7 @@ class TestClassifierTap:
     def test_reads_the_input_and_output_of_the_classifier(self, any_model):
         any_model.eval()
         images = torch.randn(2, 3, 64, 96)
-        outputs, features, logits = read(any_model, images)
+        outputs, features, logits, *_ = read(any_model, images)
         (layer,) = ClassifierTap(any_model).layers.values()
         assert torch.equal(layer(features), logits)
         assert features.shape[2:] == logits.shape[2:]
@@ -74,25 +45,13 @@ class TestClassifierTap:
         up = nn.functional.interpolate(logits, size=outputs.logits.shape[2:], mode="bilinear", align_corners=False)
         torch.testing.assert_close(up, outputs.logits)
 
-    @pytest.mark.parametrize("architecture", OTHERS)
-    def test_reads_every_other_architecture(self, architecture):
-        """With auxiliary heads where they have them: theirs is not taken."""
-        model = OTHERS[architecture]()
-        size = model.config.image_size
-        outputs, features, logits = read(model.eval(), torch.randn(2, 3, size, size))
-        assert logits.shape[:2] == (2, NUM_LABELS)
-        assert features.shape[2:] == logits.shape[2:]
-        used = torch.autograd.grad(outputs.logits.sum(), logits, allow_unused=True)[0]
-        assert used is not None
-        assert used.norm() > 0
-
     def test_upernet_is_read_before_it_upsamples(self):
-        outputs, _, logits = read(tiny_upernet().eval(), torch.randn(1, 3, 64, 96))
+        outputs, _, logits, *_ = read(tiny_upernet().eval(), torch.randn(1, 3, 64, 96))
         assert outputs.logits.shape[2:] == (64, 96)
         assert logits.shape[2:] == (16, 24)
 
     def test_gradient_flows_through_what_was_read(self, any_model):
-        _, features, logits = read(any_model, torch.randn(2, 3, 64, 64))
+        _, features, logits, *_ = read(any_model, torch.randn(2, 3, 64, 64))
         logits.square().sum().backward()
         assert any(p.grad is not None and p.grad.norm() > 0 for p in backbone_of(any_model).parameters())
         assert features.requires_grad
@@ -101,12 +60,30 @@ class TestClassifierTap:
         model = tiny_upernet(use_auxiliary_head=True, auxiliary_channels=8, auxiliary_in_channels=16).eval()
         assert list(ClassifierTap(model).layers) == ["decode_head.classifier"]
 
+    def test_before_dropout(self):
+        model = tiny_segformer(classifier_dropout_prob=0.5).train()
+        tap = ClassifierTap(model, before_dropout=True)
+        with tap:
+            model(pixel_values=torch.randn(2, 3, 64, 96))
+        features = tap.read().features
+        with (plain := ClassifierTap(model)):
+            model(pixel_values=torch.randn(2, 3, 64, 96))
+        dropped = plain.read().features
+        assert (dropped == 0).float().mean() > (features == 0).float().mean() + 0.2
+
+    def test_before_a_dropout_that_is_not_there(self):
+        model = tiny_upernet().eval()
+        images = torch.randn(1, 3, 64, 96)
+        with (before := ClassifierTap(model, before_dropout=True)), (after := ClassifierTap(model)):
+            model(pixel_values=images)
+        assert torch.equal(before.read().features, after.read().features)
+
     def test_another_layer_with_as_many_outputs(self):
         """Here inner layers have num_labels outputs too: the classifier is the one that runs last."""
         model = tiny_segformer(num_labels=16).eval()
         tap = ClassifierTap(model)
         assert len(tap.layers) > 1
-        outputs, _, logits = read(model, torch.randn(1, 3, 64, 64))
+        outputs, _, logits, *_ = read(model, torch.randn(1, 3, 64, 64))
         assert torch.equal(logits, outputs.logits)
 
     def test_channels_last_linear_classifier(self):
@@ -122,7 +99,7 @@ class TestClassifierTap:
         tap = ClassifierTap(network := Network())
         with tap:
             output = network(torch.randn(2, 6, 7, 5))
-        features, logits = tap.read()
+        features, logits, *_ = tap.read()
         assert features.shape == (2, 5, 6, 7)
         assert torch.equal(logits, output.movedim(-1, 1))
 
@@ -158,6 +135,32 @@ class TestClassifierTap:
             tap.read()
 
 
+class TestEncoderFeatures:
+    def test_maps_are_brought_to_the_grid(self):
+        states = (torch.randn(2, 5, 8, 12), torch.randn(2, 7, 4, 6))
+        assert encoder_features(states, -1, (64, 96), (16, 24)).shape == (2, 7, 16, 24)
+        assert torch.equal(encoder_features(states, 0, (64, 96), (8, 12)), states[0])
+
+    @pytest.mark.parametrize("prefix", [0, 1, 9])
+    def test_tokens_are_laid_out_on_the_image(self, prefix):
+        maps = torch.randn(2, 5, 4, 6)
+        tokens = torch.cat([torch.zeros(2, prefix, 5), maps.flatten(2).transpose(1, 2)], dim=1)
+        assert torch.equal(encoder_features((tokens,), 0, (64, 96), (4, 6)), maps)
+
+    @pytest.mark.parametrize(
+        ("states", "stage", "message"),
+        [
+            (None, 0, "the network has 0 hidden states"),
+            ((torch.zeros(1, 2, 3, 3),), 1, "encoder_stage 1: the network has 1 hidden states"),
+            ((torch.zeros(1, 300, 3),), 0, "300 tokens do not cover an image of 64x96"),
+            ((torch.zeros(1, 3),), 0, "no map of features"),
+        ],
+    )
+    def test_refuses(self, states, stage, message):
+        with pytest.raises(InputError, match=message):
+            encoder_features(states, stage, (64, 96), (4, 6))
+
+
 class TestRefuseUnsuitable:
     def test_by_name(self):
         with pytest.raises(InputError, match="'mask2former' models do not give; use one of beit"):
@@ -183,6 +186,15 @@ class TestBuildModel:
             is_classifier = name.rpartition(".")[0] in ClassifierTap(other).layers
             assert is_classifier or torch.equal(other.state_dict()[name], parameter)
         assert other.config.num_labels == 7
+
+    def test_a_new_classifier_is_initialised_by_its_fan_in(self, any_model, tmp_path):
+        any_model.save_pretrained(tmp_path)
+        model = build_model(str(tmp_path), dict(enumerate("abcdefg")))
+        (layer,) = [layer for layer in ClassifierTap(model).layers.values() if layer.weight.shape[0] == 7][-1:]
+        # Torch's own initialisation: uniform between -1 and 1 over the root of the fan-in.
+        weight, bound = layer.weight.detach(), layer.weight[0].numel() ** -0.5
+        assert weight.abs().max() <= bound
+        assert weight.std() == pytest.approx(bound / 3**0.5, rel=0.3)
 
     def test_builds_without_auxiliary_heads(self, tmp_path):
         tiny_upernet(use_auxiliary_head=True, auxiliary_channels=8, auxiliary_in_channels=16).save_pretrained(tmp_path)

@@ -6,6 +6,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from architectures import AUXILIARY
 from conftest import ARCHITECTURES, NUM_LABELS, RAW_VOID, tiny_mobilenet_v2, tiny_segformer, tiny_upernet
 from torch import nn
 from torch.utils.data import Dataset
@@ -23,8 +24,8 @@ from transformers import (
 from pals_hf import PALSConfig, PALSLoss, PALSTrainer, SegmentationMetrics, load_segmentation_dataset
 from pals_hf.data import EvalTransform, TrainTransform, TransformedDataset, collate
 from pals_hf.errors import InputError
-from pals_hf.functional import upsample
-from pals_hf.losses import PRESETS
+from pals_hf.functional import PADDING_INDEX, upsample
+from pals_hf.losses import PRESETS, CrossEntropyLoss
 from pals_hf.models import ClassifierTap, build_image_processor, predict_mask
 from pals_hf.trainer import compute_loss_func, is_complete_checkpoint, last_complete_checkpoint
 
@@ -73,6 +74,14 @@ class StopAt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step >= self.step
+
+
+class OnStepEnd(TrainerCallback):
+    def __init__(self, function):
+        self.function = function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.function()
 
 
 class TestTraining:
@@ -144,6 +153,97 @@ class TestTraining:
         trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples())
         trainer.train()
         assert logged(trainer, "beta") == pytest.approx([0.0, 0.1, 0.2, 0.3])
+
+    def test_cosine_and_warmup_schedules(self, tmp_path):
+        for schedule, expected in (("cosine", [0.0, 0.1, 0.3]), ("warmup", [0.0, 0.4, 0.4])):
+            args = config(tmp_path, beta=0.4, beta_schedule=schedule, beta_warmup=1 / 3, max_steps=3)
+            trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples())
+            trainer.train()
+            assert logged(trainer, "beta") == pytest.approx(expected)
+
+    def test_averaged_teacher(self, tmp_path):
+        """q comes from the average of the weights, which is none of the network's, and moves by 1 - ema_decay."""
+        model = tiny_segformer(**NO_RANDOMNESS)
+        start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        args = config(tmp_path, teacher="ema", ema_decay=0.75, max_steps=2, learning_rate=1e-2, max_grad_norm=1.0)
+        trainer = PALSTrainer(model, args, train_dataset=Examples())
+        weights = [start]
+        trainer.add_callback(
+            OnStepEnd(lambda: weights.append({n: p.detach().clone() for n, p in model.named_parameters()}))
+        )
+        trainer.train()
+        average = dict(trainer._average.module.named_parameters())
+        for name, parameter in average.items():
+            # The first step copies, the second averages.
+            torch.testing.assert_close(parameter, 0.75 * weights[1][name] + 0.25 * weights[2][name])
+        batch = collate([Examples()[index] for index in range(2)])
+        with_average = trainer.compute_loss(model.eval(), batch)
+        trainer._average.module.load_state_dict(model.state_dict())
+        live = trainer.compute_loss(model, batch)
+        assert with_average != live
+        trainer._average = None
+        torch.testing.assert_close(trainer.compute_loss(model, batch), live)
+
+    def test_weak_view(self, folder, tmp_path):
+        """q comes from the image without colour jitter, and the pass that makes it leaves no trace."""
+        data, processor = (
+            load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID]),
+            build_image_processor(None),
+        )
+        dataset = TransformedDataset(data.train, TrainTransform(processor, (32, 48), color_jitter=0.9, weak_view=True))
+        batch = collate([dataset[index] for index in range(4)])
+        model = tiny_mobilenet_v2(classifier_dropout_prob=0.0)
+        trainer = PALSTrainer(model, config(tmp_path, teacher_view="weak", beta=1.0), train_dataset=dataset)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        q = trainer.loss_function.aggregate(*trainer._read_teacher(batch)[1::-1], batch["labels"])
+        assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+        assert model.training
+        tap = ClassifierTap(model.eval())
+        with tap:
+            model(batch["weak_pixel_values"])
+        features, logits, *_ = tap.read()
+        assert torch.equal(q, trainer.loss_function.aggregate(logits, features, batch["labels"]))
+        with tap:
+            model(batch["pixel_values"])
+        expected = trainer.loss_function(tap.read().logits, batch["labels"], aggregated=q)
+        torch.testing.assert_close(trainer.compute_loss(model, batch), expected)
+        trainer.train()
+        with pytest.raises(InputError, match="weak_view=True"):
+            trainer.compute_loss(model, {name: value for name, value in batch.items() if name != "weak_pixel_values"})
+
+    def test_distilled_void_pixels(self, tmp_path):
+        """Their mean, too, is over the whole batch; padding is in no mean."""
+        examples = Examples()
+        examples.labels[:, :, :5] = PADDING_INDEX
+        norms = []
+        for size in (4, 1):
+            torch.manual_seed(0)
+            args = config(
+                tmp_path,
+                distill_void=True,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=4 // size,
+                freeze_batch_norm=True,
+            )
+            trainer = PALSTrainer(tiny_segformer(**NO_RANDOMNESS), args, train_dataset=examples)
+            trainer.train()
+            norms += logged(trainer, "grad_norm")
+            assert logged(trainer, "loss_void")[0] > 0
+        assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+        batch = collate([examples[index] for index in range(4)])
+        counts = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+        labels = batch["labels"]
+        assert counts.tolist() == [(labels >= 0).sum() - (labels == 255).sum(), (labels == 255).sum()]
+
+    def test_auxiliary_head_learns_with_its_weight(self, tmp_path):
+        model = tiny_upernet(**AUXILIARY, auxiliary_in_channels=16, auxiliary_loss_weight=0.3)
+        trainer = PALSTrainer(model, config(tmp_path, loss="pals"), train_dataset=Examples(size=(64, 64)))
+        before = model.auxiliary_head.classifier.weight.detach().clone()
+        trainer.train()
+        assert not torch.equal(model.auxiliary_head.classifier.weight, before)
+        (loss,), (auxiliary,) = logged(trainer, "loss"), logged(trainer, "loss_auxiliary")
+        (one_hot,), (aggregated,), (beta,) = (logged(trainer, n) for n in ("loss_one_hot", "loss_aggregated", "beta"))
+        assert loss == pytest.approx((1 - beta) * one_hot + beta * aggregated + 0.3 * auxiliary, rel=1e-4)
 
     def test_cross_entropy_logs_no_q(self, tmp_path):
         trainer = PALSTrainer(tiny_segformer(), config(tmp_path, loss="ce"), train_dataset=Examples())
@@ -241,9 +341,14 @@ class TestTraining:
         batch = collate([Examples(size=(64, 64))[index] for index in range(3)])
         with torch.no_grad(), tap:
             model(pixel_values=batch["pixel_values"])
-        features, logits = tap.read()
+        features, logits, *_ = tap.read()
         values = PRESETS[preset]
-        q = reference.aggregate(features, (logits.double() / values["temperature"]).softmax(dim=1), values["tau"])
+        q = reference.aggregate(
+            features,
+            (logits.double() / values["temperature"]).softmax(dim=1),
+            values["tau"],
+            affinity_stride=values["affinity_stride"],
+        )
         assert (q - q.mean(dim=(2, 3), keepdim=True)).abs().max() > 1e-3  # there is something to tell apart
         expected = reference.soft_label_loss(logits, batch["labels"], q, values["beta"])
         loss = PALSTrainer(model, config(tmp_path, preset=preset)).compute_loss(model, batch)
@@ -481,8 +586,17 @@ class TestComputeLossFunc:
         assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
+def test_compute_loss_func_with_an_auxiliary_head():
+    model = tiny_upernet(**AUXILIARY, auxiliary_in_channels=16).eval()
+    compute = compute_loss_func(CrossEntropyLoss(), model)
+    inputs = collate([Examples(size=(64, 64))[index] for index in range(2)])
+    loss = compute(model(inputs["pixel_values"]), inputs["labels"])
+    torch.testing.assert_close(loss, model(**inputs).loss)
+
+
 class TestCheckpoints:
-    def test_resume_goes_on_where_it_stopped(self, folder, tmp_path):
+    @pytest.mark.parametrize("teacher", ["live", "ema"])
+    def test_resume_goes_on_where_it_stopped(self, teacher, folder, tmp_path):
         """Interrupted in the middle of the second epoch, with random crops, dropout and a linear beta."""
         data = load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID])
 
@@ -496,6 +610,7 @@ class TestCheckpoints:
                 save_strategy="steps",
                 save_steps=6,
                 beta_schedule="linear",
+                teacher=teacher,
             )
             trainer = PALSTrainer(tiny_segformer(), args, train_dataset=dataset)
             if stop is not None:
@@ -511,6 +626,15 @@ class TestCheckpoints:
             assert logged(resumed, name) == logged(whole, name)
         weights = resumed.model.state_dict()
         assert all(torch.equal(value, weights[name]) for name, value in whole.model.state_dict().items())
+
+    def test_a_checkpoint_without_the_average(self, tmp_path):
+        settings = {"save_strategy": "steps", "save_steps": 1}
+        PALSTrainer(tiny_segformer(), config(tmp_path, **settings), train_dataset=Examples()).train()
+        trainer = PALSTrainer(
+            tiny_segformer(), config(tmp_path, **settings, max_steps=2, teacher="ema"), train_dataset=Examples()
+        )
+        with pytest.raises(InputError, match=r"teacher='ema' cannot resume from .*checkpoint-1/average.safetensors"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
     def test_a_damaged_checkpoint_and_one_of_another_model(self, tmp_path):
         def trainer(**settings):

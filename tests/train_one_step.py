@@ -9,22 +9,40 @@ import sys
 from pathlib import Path
 
 import torch
+from architectures import AUXILIARY
 from conftest import tiny_segformer, tiny_upernet
 from test_trainer import NO_RANDOMNESS, Examples, config
 
 from pals_hf import PALSTrainer
 
+OPTIONS = {
+    "pals, every option": {
+        "loss": "pals",
+        "pairs": "same_class",
+        "include_self": False,
+        "void_keys": False,
+        "teacher": "ema",
+        "distill_void": True,
+        "affinity_source": "encoder",
+    }
+}
+
 
 def main(folder, loss, batch_size, accumulation):
     record = {}
-    for name, build in (("segformer", lambda: tiny_segformer(**NO_RANDOMNESS)), ("upernet", tiny_upernet)):
+    builders = {
+        "segformer": lambda: tiny_segformer(**NO_RANDOMNESS),
+        "upernet": tiny_upernet,
+        "upernet, auxiliary head": lambda: tiny_upernet(**AUXILIARY, auxiliary_in_channels=16),
+    }
+    for name, build in builders.items():
         torch.manual_seed(0)
         args = config(
             folder / name,
-            loss=loss,
             per_device_train_batch_size=int(batch_size),
             gradient_accumulation_steps=int(accumulation),
             freeze_batch_norm=True,
+            **OPTIONS.get(loss, {"loss": loss}),
         )
         trainer = PALSTrainer(build(), args, train_dataset=Examples(8))
         trainer.train()

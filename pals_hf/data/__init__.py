@@ -2,10 +2,11 @@
 
 from .fractions import FractionManifest, draw_ids, train_fraction
 from .sources import IGNORE_INDEX, SegmentationData, load_segmentation_dataset
-from .transforms import EvalTransform, TrainTransform, TransformedDataset, collate
+from .transforms import WEAK_VIEW, EvalTransform, TrainTransform, TransformedDataset, collate
 
 __all__ = [
     "IGNORE_INDEX",
+    "WEAK_VIEW",
     "EvalTransform",
     "FractionManifest",
     "SegmentationData",

@@ -23,10 +23,13 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
 
+WEAK_VIEW = "weak_pixel_values"
+
+
 class TrainTransform:
     """Random scale, crop, flip and colour jitter of an image and its mask, then the image processor's normalisation.
 
-    Padding of small images is the mean colour in the image and the ignore index in the mask.
+    Padding of small images is the mean colour in the image and `padding_index` in the mask.
 
     Args:
         processor: image processor of the model. It resizes first, if it resizes at all, and normalises last, exactly
@@ -34,6 +37,9 @@ class TrainTransform:
         crop_size: (height, width) of the training crops.
         scale_range: the image is resized by a random factor from this range before the crop.
         color_jitter: strength of random brightness, contrast and saturation, 0 to 1.
+        padding_index: label of padding: the ignore index, or [`functional.PADDING_INDEX`] for losses that must tell
+            it from void pixels of the image.
+        weak_view: also give `weak_pixel_values`, the same crop without colour jitter.
     """
 
     def __init__(
@@ -42,39 +48,48 @@ class TrainTransform:
         crop_size: tuple[int, int],
         scale_range: tuple[float, float] = (0.75, 1.5),
         color_jitter: float = 0.3,
+        padding_index: int = IGNORE_INDEX,
+        weak_view: bool = False,
     ):
         self.processor = processor
+        self.weak_view = weak_view
         mean = [round(255 * value) for value in processor.image_mean or (0.5, 0.5, 0.5)]
         steps: list[v2.Transform] = []
         if processor.do_resize:
             interpolation = pil_torch_interpolation_mapping[processor.resample]
             steps.append(v2.Resize((processor.size["height"], processor.size["width"]), interpolation))
-        self.augment = v2.Compose(
+        self.geometry = v2.Compose(
             [
                 *steps,
                 RandomScale(*scale_range),
                 v2.RandomCrop(
                     tuple(crop_size),
                     pad_if_needed=True,
-                    fill={tv_tensors.Image: mean, tv_tensors.Mask: IGNORE_INDEX},
+                    fill={tv_tensors.Image: mean, tv_tensors.Mask: padding_index},
                 ),
                 v2.RandomHorizontalFlip(),
-                v2.ColorJitter(brightness=color_jitter, contrast=color_jitter, saturation=color_jitter),
             ]
         )
+        self.jitter = v2.ColorJitter(brightness=color_jitter, contrast=color_jitter, saturation=color_jitter)
 
     def __call__(self, image: Image, labels: Image) -> dict[str, Tensor]:
         picture = tv_tensors.Image(image.convert("RGB"))
-        mask = tv_tensors.Mask(np.array(labels, dtype=np.uint8))
-        picture, mask = self.augment(picture, mask)
+        mask = tv_tensors.Mask(np.array(labels, dtype=np.int16))
+        picture, mask = self.geometry(picture, mask)
+        views = {"pixel_values": self._process(self.jitter(picture), mask.shape)}
+        if self.weak_view:
+            views[WEAK_VIEW] = self._process(picture, mask.shape)
+        return {**views, "labels": mask.as_subclass(Tensor).long()}
+
+    def _process(self, picture: tv_tensors.Image, size: torch.Size) -> Tensor:
         processed = self.processor(images=picture.as_subclass(Tensor), do_resize=False, return_tensors="pt")
         pixel_values = processed["pixel_values"][0]
-        if pixel_values.shape[1:] != mask.shape:
+        if pixel_values.shape[1:] != size:
             raise InputError(
-                f"{type(self.processor).__name__} changes the size of a crop from {tuple(mask.shape)} to "
+                f"{type(self.processor).__name__} changes the size of a crop from {tuple(size)} to "
                 f"{tuple(pixel_values.shape[1:])}: build it by build_image_processor"
             )
-        return {"pixel_values": pixel_values, "labels": mask.as_subclass(Tensor).long()}
+        return pixel_values
 
 
 class EvalTransform:
@@ -150,7 +165,7 @@ def _mix(*numbers: int) -> int:
 
 def collate(examples: list[dict[str, Tensor]]) -> dict[str, Tensor | list[Tensor]]:
     """Stack a batch; what differs in size stays a list, because padding would change pooling and attention."""
-    batch = {key: [example[key] for example in examples] for key in ("pixel_values", "labels")}
+    batch = {key: [example[key] for example in examples] for key in examples[0]}
     return {
         key: torch.stack(tensors) if len({tensor.shape for tensor in tensors}) == 1 else tensors
         for key, tensors in batch.items()

@@ -3,14 +3,16 @@
 import torch
 from torch import Tensor, nn
 
-from ..functional import aggregate_probabilities, entropy, soft_label_cross_entropy
+from ..functional import aggregate_probabilities, check_affinity, entropy, soft_label_cross_entropy
 
 PRESETS = {
-    # Temperature 4 keeps q soft once the network fits its few images. Provisional, see the README.
-    "default": {"beta": 0.3, "beta_schedule": "constant", "tau": 0.3, "temperature": 4.0},
+    # Temperature 4 keeps q soft once the network fits its few images. Provisional, see the README. Stride 2 compares
+    # a sixteenth of the pairs.
+    "default": {"beta": 0.3, "beta_schedule": "constant", "tau": 0.3, "temperature": 4.0, "affinity_stride": 2},
     # The literal reading of the abstract: the one-hot label plus the aggregated distribution, halved.
-    "paper": {"beta": 0.5, "beta_schedule": "constant", "tau": 0.3, "temperature": 1.0},
+    "paper": {"beta": 0.5, "beta_schedule": "constant", "tau": 0.3, "temperature": 1.0, "affinity_stride": 1},
 }
+DEFAULT_MAX_CELLS = 65536  # blocks of a 1024 x 1024 grid at stride 4
 
 
 class PALSLoss(nn.Module):
@@ -25,19 +27,25 @@ class PALSLoss(nn.Module):
         tau: temperature of the affinity between pixels, > 0; smaller compares more sharply.
         temperature: softmax temperature of the predictions that are averaged, > 0; larger is softer.
         ignore_index: label of void pixels: they have no term in the loss.
+        pairs, include_self, void_keys, propagation_steps, propagation_weight, affinity_stride, affinity_pooling,
+        max_affinity_cells: which cells are averaged, and how: see [`aggregate_probabilities`]. Exact, over all pairs,
+            unless told otherwise; [`PALSConfig`] has a stride of its own.
+        distill_void: pixels labelled `ignore_index` learn from q alone, see [`soft_label_cross_entropy`]. Label
+            what lies outside the image [`PADDING_INDEX`] then.
 
     References:
         Park, Kim, Heo. Semantic Segmentation Using Pixel-Wise Adaptive Label Smoothing via Self-Knowledge
         Distillation for Limited Labeling Data. Sensors 22(7):2623, 2022. A reconstruction: see [`functional`].
 
     Inputs:
-        `loss(logits, labels, features=None, num_items=None)`: logits `(B, C, h, w)` on the classifier's own grid;
-        labels `(B, H, W)`; features `(B, D, h, w)`, the input of the classifier layer - without them the logits
-        serve; `num_items` replaces the number of labelled pixels as the divisor.
+        `loss(logits, labels, features=None, num_items=None, aggregated=None)`: logits `(B, C, h, w)` on the
+        classifier's own grid; labels `(B, H, W)`; features `(B, D, h, w)`, the input of the classifier layer -
+        without them the logits serve; `num_items` replaces the number of labelled pixels as the divisor;
+        `aggregated` `(B, C, h, w)` replaces q, for one from another network or another view of the images.
 
     Attributes:
-        parts: detached scalars of the last call: `one_hot` and `aggregated`, the two cross-entropies the loss is
-            mixed from, and `entropy`, the mean entropy of q in nats.
+        parts: detached scalars of the last call: the cross-entropies the loss is mixed from, `one_hot`, `aggregated`
+            and, with `distill_void`, `void`; and `entropy`, the mean entropy of q in nats.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -54,25 +62,51 @@ class PALSLoss(nn.Module):
         tau: float = PRESETS["default"]["tau"],
         temperature: float = PRESETS["default"]["temperature"],
         ignore_index: int = 255,
+        *,
+        pairs: str = "all",
+        include_self: bool = True,
+        void_keys: bool = True,
+        propagation_steps: int = 1,
+        propagation_weight: float = 1.0,
+        affinity_stride: int = 1,
+        affinity_pooling: str = "both",
+        max_affinity_cells: int | None = DEFAULT_MAX_CELLS,
+        distill_void: bool = False,
     ):
         super().__init__()
         if not 0.0 <= beta <= 1.0:
             raise ValueError(f"beta must lie in [0, 1], got {beta}")
-        if not tau > 0:
-            raise ValueError(f"tau must be positive, got {tau}")
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
+        self.affinity = {
+            "tau": tau,
+            "pairs": pairs,
+            "include_self": include_self,
+            "propagation_steps": propagation_steps,
+            "propagation_weight": propagation_weight,
+            "affinity_stride": affinity_stride,
+            "affinity_pooling": affinity_pooling,
+            "max_affinity_cells": max_affinity_cells,
+        }
+        check_affinity(**self.affinity)
+        self.affinity["void_keys"] = void_keys
         self.beta = beta
-        self.tau = tau
         self.temperature = temperature
         self.ignore_index = ignore_index
+        self.distill_void = distill_void
         self.parts: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def aggregate(self, logits: Tensor, features: Tensor | None = None) -> Tensor:
+    def aggregate(self, logits: Tensor, features: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """The aggregated distribution q, float32 `(B, C, h, w)`, for logits and features of the same grid."""
         probabilities = (logits.float() / self.temperature).softmax(dim=1)
-        return aggregate_probabilities(logits if features is None else features, probabilities, tau=self.tau)
+        return aggregate_probabilities(
+            logits if features is None else features,
+            probabilities,
+            labels=labels,
+            ignore_index=self.ignore_index,
+            **self.affinity,
+        )
 
     def forward(
         self,
@@ -80,13 +114,24 @@ class PALSLoss(nn.Module):
         labels: Tensor,
         features: Tensor | None = None,
         num_items: Tensor | int | None = None,
+        aggregated: Tensor | None = None,
     ) -> Tensor:
-        aggregated = self.aggregate(logits, features)
+        if aggregated is None:
+            aggregated = self.aggregate(logits, features, labels)
         loss, parts = soft_label_cross_entropy(
-            logits, labels, aggregated, self.beta, self.ignore_index, num_items, return_parts=True
+            logits,
+            labels,
+            aggregated,
+            self.beta,
+            self.ignore_index,
+            num_items,
+            return_parts=True,
+            distill_void=self.distill_void,
         )
         self.parts = {**parts, "entropy": entropy(aggregated).mean()}
         return loss
 
     def extra_repr(self) -> str:
-        return f"beta={self.beta}, tau={self.tau}, temperature={self.temperature}, ignore_index={self.ignore_index}"
+        settings = {"beta": self.beta, "temperature": self.temperature, **self.affinity}
+        settings |= {"distill_void": self.distill_void, "ignore_index": self.ignore_index}
+        return ", ".join(f"{name}={value}" for name, value in settings.items())

@@ -6,6 +6,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pals_hf.data import EvalTransform, TrainTransform, TransformedDataset, collate
+from pals_hf.functional import PADDING_INDEX
 from pals_hf.models import build_image_processor
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -54,6 +55,26 @@ def test_padding_is_void_and_the_mean_colour(processor):
     padding = example["labels"] == 255
     assert padding.sum() >= 100 * 100 - 20 * 30
     assert example["pixel_values"][:, padding].abs().max() < 0.02
+
+
+def test_padding_can_be_told_from_void(processor):
+    transform = TrainTransform(processor, (64, 64), (1.0, 1.0), 0.0, padding_index=PADDING_INDEX)
+    mask = np.full((32, 48), 255, dtype=np.uint8)
+    labels = transform(Image.new("RGB", (48, 32)), Image.fromarray(mask))["labels"]
+    assert (labels == 255).sum() == 32 * 48
+    assert (labels == PADDING_INDEX).sum() == 64 * 64 - 32 * 48
+
+
+def test_weak_view_is_the_same_crop_without_jitter(processor):
+    picture = Image.effect_noise((48, 32), 80).convert("RGB")
+    mask = Image.fromarray(np.zeros((32, 48), dtype=np.uint8))
+    torch.manual_seed(1)
+    views = TrainTransform(processor, (24, 24), color_jitter=0.9, weak_view=True)(picture, mask)
+    torch.manual_seed(1)
+    plain = TrainTransform(processor, (24, 24), color_jitter=0.0)(picture, mask)
+    assert torch.equal(views["weak_pixel_values"], plain["pixel_values"])
+    assert not torch.equal(views["pixel_values"], plain["pixel_values"])
+    assert "weak_pixel_values" not in plain
 
 
 def test_resizes_to_the_image_size_first():

@@ -163,6 +163,14 @@ class TestFolder:
         assert (config.beta, config.tau, config.freeze_batch_norm) == (0.5, 0.2, True)
         assert config.lr_scheduler_kwargs == {"power": 2.0}
 
+    def test_options_that_change_the_data(self, folder, tmp_path):
+        """Void pixels are distilled and padding is not, from a weak view, with an averaged teacher."""
+        options = ["--distill_void", "True", "--teacher", "ema", "--teacher_view", "weak", "--crop_size", "64", "64"]
+        run_seg_pals.main(on_folder(folder, tmp_path / "run", *options, *SHORT, "--logging_steps", "1"))
+        (first, *_) = read(tmp_path / "run" / "trainer_state.json")["log_history"]
+        assert first["loss_void"] > 0
+        assert (tmp_path / "run" / "checkpoint-2" / "average.safetensors").exists()
+
 
 class TestTwoProcesses:
     def test_score_the_same_and_train_on_the_same_split(self, folder, tmp_path):

@@ -81,9 +81,10 @@ class TestPALS:
     @pytest.mark.parametrize("preset", PRESETS)
     def test_equals_the_formula(self, batch, preset):
         logits, labels, features = batch
-        settings = {name: PRESETS[preset][name] for name in ("beta", "tau", "temperature")}
+        settings = {name: value for name, value in PRESETS[preset].items() if name != "beta_schedule"}
+        stride = settings["affinity_stride"]
         p = (logits.double() / settings["temperature"]).softmax(dim=1)
-        q = reference.aggregate(features, p, settings["tau"])
+        q = reference.aggregate(features, p, settings["tau"], affinity_stride=stride)
         expected = reference.soft_label_loss(logits, labels, q, settings["beta"])
         torch.testing.assert_close(
             PALSLoss(**settings)(logits, labels, features).double(), expected, rtol=1e-5, atol=0
@@ -94,11 +95,42 @@ class TestPALS:
         logits.requires_grad_(), features.requires_grad_()
         loss = PALSLoss(beta=0.5)
         (gradient,) = torch.autograd.grad(loss(logits, labels, features), logits)
-        q = reference.aggregate(features, (logits / loss.temperature).softmax(dim=1), loss.tau).detach()
+        q = reference.aggregate(
+            features, (logits / loss.temperature).softmax(dim=1), PRESETS["default"]["tau"]
+        ).detach()
         (expected,) = torch.autograd.grad(reference.soft_label_loss(logits, labels, q, 0.5), logits)
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
         loss(logits, labels, features).backward()
         assert features.grad is None
+
+    def test_options_reach_the_aggregation_and_the_loss(self, batch):
+        logits, labels, features = batch
+        options = {"pairs": "same_class", "include_self": False, "void_keys": False, "propagation_steps": 2}
+        options |= {"propagation_weight": 0.7, "affinity_stride": 2}
+        loss = PALSLoss(beta=0.4, tau=0.5, temperature=2.0, distill_void=True, **options)
+        q = reference.aggregate(features, (logits.double() / 2.0).softmax(dim=1), 0.5, labels, **options)
+        expected = reference.soft_label_loss(logits, labels, q, 0.4, distill_void=True)
+        torch.testing.assert_close(loss(logits, labels, features).double(), expected, rtol=1e-4, atol=0)
+        parts = loss.parts
+        mixed = 0.6 * parts["one_hot"] + 0.4 * (parts["aggregated"] + parts["void"])
+        torch.testing.assert_close(mixed, loss(logits, labels, features))
+
+    def test_a_q_of_ones_own(self, batch):
+        logits, labels, _ = batch
+        loss, q = PALSLoss(), torch.softmax(torch.randn(2, 4, 6, 8), dim=1)
+        expected = reference.soft_label_loss(logits, labels, q, loss.beta)
+        torch.testing.assert_close(loss(logits, labels, aggregated=q).double(), expected, rtol=1e-5, atol=0)
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"pairs": "same_class", "void_keys": False}, {"include_self": False}, {"distill_void": True}]
+    )
+    def test_every_option_with_an_all_void_batch(self, batch, options):
+        logits, labels, features = batch
+        logits.requires_grad_()
+        value = PALSLoss(**options)(logits, torch.full_like(labels, 255), features)
+        value.backward()
+        assert logits.grad.isfinite().all()
+        assert (value > 0) == ("distill_void" in options)
 
     def test_without_features_the_logits_serve(self, batch):
         logits, labels, _ = batch

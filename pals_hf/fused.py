@@ -1,0 +1,130 @@
+"""Soft-label cross-entropy at the labels' resolution without full-resolution logits.
+
+Bilinear interpolation is a pair of small matrix products, one for the rows and one for the columns. So upsampling,
+log-softmax, loss and gradient are computed tile by tile over the label map, and the gradient is taken back to the
+classifier's grid at once, in the forward pass. Nothing larger than a tile exists at full resolution. This is what
+fused linear-cross-entropy kernels do for language models, with interpolation in the place of the linear layer.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Elements of one tile of upsampled logits, and its widest: on a CPU a tile should stay in the cache and its matrices
+# small, on a GPU it should fill the device.
+_TILE = {"cpu": (2**18, 128), "cuda": (2**25, 4096)}
+
+
+class FusedSoftLabelCrossEntropy(torch.autograd.Function):
+    """`apply(logits, labels, aggregated, one_hot_weight, soft_weight, void_weight, ignore_index)`: see `forward`.
+
+    Only the first result has a gradient, for the logits alone and of first order: it is computed in the forward pass,
+    in float32, and `backward` only scales it. [`functional.soft_label_cross_entropy`] is the way to call this.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels, aggregated, one_hot_weight, soft_weight, void_weight, ignore_index):
+        """`(loss, one_hot, soft, void)`: three sums over pixels, and their sum with the given weights.
+
+        With `p_u = softmax(up(z)_u)`: `one_hot = sum -log p_u[y_u]` and `soft = sum -sum_c up(q)_uc log p_uc` over
+        labelled pixels, `void` the same as `soft` over pixels labelled `ignore_index`. Negative labels are in none.
+        Weights are scalar tensors; `soft` is 0 without `aggregated`, and `void` without `void_weight`.
+        """
+        z = logits.float()
+        q = None if aggregated is None else aggregated.float()
+        gradient = torch.zeros_like(z, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+        one_hot, soft, void = z.new_zeros(3)
+        for tile in _tiles(z, labels):
+            log_p = tile.up(z).log_softmax(dim=1)
+            labelled = (tile.labels != ignore_index) & (tile.labels >= 0)
+            target = tile.labels.masked_fill(~labelled, 0).unsqueeze(1)
+            one_hot -= log_p.gather(1, target).squeeze(1).masked_fill(~labelled, 0.0).sum()
+            label_share = (labelled * one_hot_weight).unsqueeze(1)
+            if q is not None:
+                up_q = tile.up(q)
+                cross_entropy = -torch.linalg.vecdot(up_q, log_p, dim=1)
+                soft += cross_entropy.masked_fill(~labelled, 0.0).sum()
+                q_share = labelled * soft_weight
+                if void_weight is not None:
+                    distilled = tile.labels == ignore_index
+                    void += cross_entropy.masked_fill(~distilled, 0.0).sum()
+                    q_share = q_share + distilled * void_weight
+                q_share = q_share.unsqueeze(1)
+            if gradient is None:
+                continue
+            # d/dz of -sum_c y_c log p_c is p sum_c y_c - y, with y the weighted soft label.
+            slope = log_p.exp_()
+            if q is None:
+                slope *= label_share
+            else:
+                slope *= label_share + q_share * up_q.sum(dim=1, keepdim=True)
+                slope -= up_q.mul_(q_share)
+            slope.scatter_add_(1, target, -label_share)
+            tile.add_down(slope, gradient)
+        loss = one_hot_weight * one_hot
+        if q is not None:
+            loss = loss + soft_weight * soft
+            if void_weight is not None:
+                loss = loss + void_weight * void
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
+        ctx.mark_non_differentiable(one_hot, soft, void)
+        return loss, one_hot, soft, void
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, loss_gradient, *_):
+        (gradient,) = ctx.saved_tensors
+        # Scaled before it is rounded: a gradient scaler is there to keep half precision from vanishing.
+        return (gradient * loss_gradient).to(ctx.dtype), None, None, None, None, None, None
+
+
+class _Tile(NamedTuple):
+    """A rectangle of the label map, and what interpolates a part of the grid to it."""
+
+    labels: Tensor  # (B, R, S)
+    part: tuple[slice, slice]  # the rows and columns of the grid that reach the tile
+    rows: Tensor  # (R, r)
+    columns: Tensor  # (S, s)
+
+    def up(self, maps: Tensor) -> Tensor:
+        """`(B, C, h, w)` to this tile's `(B, C, R, S)`."""
+        return self.rows @ (maps[(..., *self.part)] @ self.columns.T)
+
+    def add_down(self, tile: Tensor, maps: Tensor) -> None:
+        """The transpose of `up`: add what a tile `(B, C, R, S)` gives to `maps` `(B, C, h, w)`."""
+        maps[(..., *self.part)] += (self.rows.T @ tile) @ self.columns
+
+
+def _tiles(maps: Tensor, labels: Tensor) -> Iterator[_Tile]:
+    (batch, classes, *grid), size = maps.shape, labels.shape[1:]
+    rows, columns = (_interpolation(source, target, maps) for source, target in zip(grid, size, strict=True))
+    elements, widest = _TILE.get(maps.device.type, _TILE["cuda"])
+    width = min(size[1], widest)
+    height = max(1, elements // (batch * classes * width))
+    for y in range(0, size[0], height):
+        for x in range(0, size[1], width):
+            tile = labels[:, y : y + height, x : x + width]
+            part = (_reach(y, tile.shape[1], size[0], grid[0]), _reach(x, tile.shape[2], size[1], grid[1]))
+            yield _Tile(tile, part, rows[y : y + height, part[0]], columns[x : x + width, part[1]])
+
+
+def _reach(start: int, length: int, target: int, source: int) -> slice:
+    """The source cells from which the target pixels `start` to `start + length` are interpolated."""
+    # Target pixel t lies at (t + 0.5) source / target - 0.5, between that rounded down and the next.
+    first = math.floor((start + 0.5) * source / target - 0.5)
+    last = math.floor((start + length - 0.5) * source / target - 0.5) + 1
+    return slice(max(0, first), min(source, last + 1))
+
+
+def _interpolation(source: int, target: int, like: Tensor) -> Tensor:
+    """The `(target, source)` matrix of linear interpolation, `align_corners=False`, by torch's own interpolation."""
+    identity = torch.eye(source, device=like.device, dtype=like.dtype)
+    if source == target:
+        return identity
+    return F.interpolate(identity[None], size=target, mode="linear", align_corners=False)[0].T.contiguous()
