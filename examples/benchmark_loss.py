@@ -42,7 +42,7 @@ from transformers.utils import is_matplotlib_available, logging
 
 from pals_hf import PALSConfig, PALSLoss, PALSTrainer
 from pals_hf.functional import aggregate_probabilities
-from pals_hf.losses import CrossEntropyLoss, LabelSmoothingLoss
+from pals_hf.losses import PRESETS, CrossEntropyLoss, LabelSmoothingLoss
 
 Variants = dict[str, Callable[[], float | None]]
 
@@ -94,10 +94,10 @@ def loss(device: str, classes: int) -> Variants:
         return run
 
     losses = {"PALS, q given": step(PALSLoss(), logits, labels, aggregated=q)}
-    losses |= {
-        f"PALS, stride {stride}": step(PALSLoss(affinity_stride=stride), logits, labels, features)
-        for stride in (1, 2, 4)
-    }
+    cap = PRESETS["default"]["max_affinity_cells"]
+    losses["PALS, default"] = step(PALSLoss(max_affinity_cells=cap), logits, labels, features)
+    for stride in (1, 2, 4):
+        losses[f"PALS, stride {stride}"] = step(PALSLoss(affinity_stride=stride), logits, labels, features)
     return {
         "transformers CE": step(transformers_path),
         "CE": step(CrossEntropyLoss(), logits, labels),
@@ -112,7 +112,7 @@ def step(device: str, architecture: str, classes: int) -> Variants:
         "Trainer + CE": (Trainer, TrainingArguments, {"remove_unused_columns": False}),
         "PALSTrainer + CE": (PALSTrainer, PALSConfig, {"loss": "ce"}),
         "PALSTrainer + PALS": (PALSTrainer, PALSConfig, {}),
-        "PALSTrainer + PALS, stride 1": (PALSTrainer, PALSConfig, {"affinity_stride": 1}),
+        "PALSTrainer + PALS, stride 1": (PALSTrainer, PALSConfig, {"max_affinity_cells": 65536}),
     }
     return {
         name: lambda side=side: training_step(device, architecture, classes, *side) for name, side in sides.items()
@@ -245,14 +245,12 @@ def seconds_of(call: Callable[[], float | None], device: str) -> float:
 
 
 def time_side_by_side(variants: Variants, device: str, rounds: int) -> dict[str, float]:
-    """Medians over rounds; the variants take turns, after one round that does not count."""
+    """Medians over rounds; the variants take turns, after one round that does not count (unless it is the only one)."""
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(rounds + 1):
+    for _ in range(rounds + (rounds > 1)):
         for name, call in variants.items():
-            seconds = seconds_of(call, device)
-            if turn > 0:
-                samples[name].append(seconds)
-    return {name: statistics.median(values) for name, values in samples.items()}
+            samples[name].append(seconds_of(call, device))
+    return {name: statistics.median(values[rounds > 1 :]) for name, values in samples.items()}
 
 
 def extra_megabytes(call: Callable[[], object], device: str) -> float:
@@ -314,7 +312,8 @@ def memory_in_fresh_process(section: str, case: dict, variant: str, args: argpar
 
 def measure(section: str, case: dict, args: argparse.Namespace) -> list[dict]:
     variants = SECTIONS[section](args.device, **case)
-    rounds = 1 if case.get("images", 0) > 50 else args.rounds
+    takes_minutes = case.get("images", 0) > 50 or case.get("cells", 0) > 16384
+    rounds = 1 if takes_minutes else args.rounds
     seconds = time_side_by_side(variants, args.device, rounds)
     rows = []
     for name in variants:
@@ -322,7 +321,7 @@ def measure(section: str, case: dict, args: argparse.Namespace) -> list[dict]:
         rows.append({"section": section, **case, "variant": name, "seconds": seconds[name], "megabytes": megabytes})
     for row in rows:
         row["time_ratio"] = row["seconds"] / rows[0]["seconds"]
-        row["memory_ratio"] = row["megabytes"] / rows[0]["megabytes"]
+        row["memory_ratio"] = row["megabytes"] / rows[0]["megabytes"] if rows[0]["megabytes"] else math.nan
     return rows
 
 
@@ -336,11 +335,11 @@ def report(rows: list[dict]) -> None:
         )
 
 
-def errors_of_aggregation(cells: int = 16384) -> dict[str, float]:
+def errors_of_aggregation(device: str, cells: int = 16384) -> dict[str, float]:
     """Relative errors (Frobenius) against float64, a block of rows at a time."""
     side = math.isqrt(cells)
-    features = torch.randn(1, FEATURES, side, side)
-    probabilities = torch.randn(1, 19, side, side).softmax(dim=1)
+    features = torch.randn(1, FEATURES, side, side, device=device)
+    probabilities = torch.randn(1, 19, side, side, device=device).softmax(dim=1)
     f, p = F.normalize(features.double(), dim=1).flatten(2)[0].T, probabilities.double().flatten(2)[0].T
     expected = torch.cat([torch.softmax(rows @ f.T / 0.3, dim=1) @ p for rows in f.split(2048)])
     errors = {}
@@ -423,7 +422,7 @@ def main() -> None:
             report(measured)
             (output / "benchmark.json").write_text(json.dumps({"rows": rows, **summary}, indent=2))
         if section == "aggregation" and not args.quick:
-            summary["relative_errors"] = errors_of_aggregation()
+            summary["relative_errors"] = errors_of_aggregation(args.device)
             half = next(r["seconds"] for r in rows if r.get("cells") == 16384 and r["variant"] == "bfloat16")
             summary["share_of_matrix_product"] = share_of_peak(args.device, half)
             print(f"relative error against float64: {summary['relative_errors']}")

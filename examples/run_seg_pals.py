@@ -142,6 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         data, manifest = load_data(args)
         trainer = build_trainer(args, config, data)
         if not args.eval_only:
+            trainer.rehearse()
             claim_output_dir(args, config, manifest)
             train(trainer)
     except InputError as error:

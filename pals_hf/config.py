@@ -10,9 +10,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .errors import InputError
-from .functional import PAIRS, POOLINGS, check_affinity
+from .functional import PADDING_INDEX, PAIRS, POOLINGS, check_affinity
 from .losses import PRESETS
-from .losses.pals import DEFAULT_MAX_CELLS
 from .models import AFFINITY_SOURCES
 
 LOSSES = ("pals", "ce", "label_smoothing")
@@ -63,7 +62,7 @@ class PALSConfig(TrainingArguments):
     preset: str = field(
         default="default",
         metadata={
-            "help": "Where `beta`, `beta_schedule`, `tau`, `temperature` and `affinity_stride` come from unless "
+            "help": "Where `beta`, `beta_schedule`, `tau`, `temperature` and `max_affinity_cells` come from unless "
             "given: `default`, or `paper`, the literal reading of the abstract.",
             "choices": tuple(PRESETS),
         },
@@ -129,12 +128,10 @@ class PALSConfig(TrainingArguments):
         default=1.0,
         metadata={"help": "PALS: weight of the average in a step, the rest is the own prediction; 0 to 1."},
     )
-    affinity_stride: int | None = field(
-        default=None,
+    affinity_stride: int = field(
+        default=1,
         metadata={
-            "help": _preset_help(
-                "PALS: compare blocks of so many cells squared instead of cells; 1 is exact.", "affinity_stride"
-            )
+            "help": "PALS: compare blocks of so many cells squared instead of cells. `max_affinity_cells` raises it."
         },
     )
     affinity_pooling: str = field(
@@ -145,8 +142,13 @@ class PALSConfig(TrainingArguments):
         },
     )
     max_affinity_cells: int | None = field(
-        default=DEFAULT_MAX_CELLS,
-        metadata={"help": "PALS: the stride is raised for very large grids, until no more blocks than this are left."},
+        default=None,
+        metadata={
+            "help": _preset_help(
+                "PALS: the stride is raised until there are no more blocks than this, which bounds the cost.",
+                "max_affinity_cells",
+            )
+        },
     )
     teacher: str = field(
         default="live",
@@ -249,6 +251,8 @@ class PALSConfig(TrainingArguments):
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}")
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise InputError(f"num_train_epochs must be positive without max_steps, got {self.num_train_epochs}")
+        if self.distill_void and self.ignore_index == PADDING_INDEX:
+            raise InputError(f"distill_void needs another ignore_index than {PADDING_INDEX}, the label of padding")
         if self.label_smoothing_factor:
             raise InputError(
                 "label_smoothing_factor smooths over the last axis, which in segmentation is not the classes: "

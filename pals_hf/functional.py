@@ -23,13 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import FusedSoftLabelCrossEntropy
+from .fused import PADDING_INDEX as PADDING_INDEX  # part of the maths, which lives here for everybody else
+from .fused import FusedSoftLabelCrossEntropy, is_labelled
 
 PAIRS = ("all", "same_class")
 POOLINGS = ("keys", "both")
-
-# Label of what a crop adds around an image. It is no label, like the ignore index, and unlike it never distilled.
-PADDING_INDEX = -1
 
 # Fused attention kernels want a head dimension that is a multiple of this.
 _HEAD_DIM_ALIGNMENT = 8
@@ -78,18 +76,20 @@ def aggregate_probabilities(
             cells get the mean of the image.
         labels: `(B, H, W)`, for the two options that need them. See [`pool_labels`].
         pairs: "all", or "same_class": a labelled cell is compared with cells of its own class only. A cell without a
-            label is compared with all.
+            label is compared with all, and one whose class no key has keeps its own distribution.
         include_self: whether a cell is among those it is averaged over. Without (not with `affinity_pooling="keys"`),
             a cell that is compared with no other, or whose others have less than a thousandth of its affinity,
-            keeps its own distribution.
+            keeps its own distribution. Computed in float32.
         void_keys: whether cells without a label are averaged over. They get a q of their own either way.
         ignore_index: label of void pixels. [`PADDING_INDEX`] is no label either.
         propagation_steps, propagation_weight: q starts as p and becomes `weight * S q + (1 - weight) * p` in every
             step, as in BAKE (Ge et al. 2021, arXiv 2104.13298). One step of weight 1 is the formula above.
-        affinity_stride: with s > 1, blocks of s x s cells, averaged, take the place of cells:
+        affinity_stride: with s > 1, blocks of s x s cells, their features and probabilities averaged, take the place
+            of cells:
         affinity_pooling: as "keys", so that every cell is compared with the blocks (the cost falls with s^2), or as
             "both" keys and queries (s^4), with q brought back to the grid by bilinear interpolation.
-        max_affinity_cells: the stride is raised until there are no more blocks than this.
+        max_affinity_cells: the stride is raised until there are no more blocks than this, which with pooling "both"
+            bounds the cost.
 
     Returns:
         `(B, C, h, w)` in the dtype of `probabilities`; each cell sums to one.
@@ -131,21 +131,19 @@ def aggregate_probabilities(
     pool_queries = stride > 1 and affinity_pooling == "both"
 
     # The norm is taken in float32: squares of half-precision features overflow or vanish.
-    queries = F.normalize(features.float(), dim=1)
-    keys = F.normalize(_pool(queries, stride), dim=1) if stride > 1 else queries
-    queries = keys if pool_queries else queries
+    keys = F.normalize(_pool(features.float(), stride) if stride > 1 else features.float(), dim=1)
+    queries = F.normalize(features.float(), dim=1) if stride > 1 and not pool_queries else keys
     own = _pool(probabilities, stride) if pool_queries else probabilities
     query_grid, key_grid = queries.shape[2:], keys.shape[2:]
     queries, keys = (maps.to(features.dtype).flatten(2).transpose(1, 2) for maps in (queries, keys))
     if by_label:
-        labels_of = {g: pool_labels(labels, g, num_classes, ignore_index).flatten(1) for g in {query_grid, key_grid}}
-        tags = _pair_tags(
-            labels_of[query_grid],
-            labels_of[key_grid],
-            same_class=num_classes if pairs == "same_class" else 0,
-            skip=None if void_keys else ignore_index,
-            tau=tau,
-        )
+        key_labels = pool_labels(labels, grid, num_classes, ignore_index, stride).flatten(1)
+        query_labels = key_labels
+        if query_grid != key_grid:
+            query_labels = pool_labels(labels, grid, num_classes, ignore_index).flatten(1)
+        same_class, skip = num_classes if pairs == "same_class" else 0, None if void_keys else ignore_index
+        tags = _pair_tags(query_labels, key_labels, same_class, skip, tau)
+        has_keys = _has_keys(query_labels, key_labels, same_class, skip)[..., None]
         queries, keys = (torch.cat([x, tag.to(x.dtype)], dim=2) for x, tag in zip((queries, keys), tags, strict=True))
     attend = _attend if include_self else _attend_to_others
 
@@ -156,6 +154,8 @@ def aggregate_probabilities(
         if key_grid != query_grid:
             values = _pool(q.transpose(1, 2).unflatten(2, query_grid), stride).flatten(2).transpose(1, 2)
         averaged = attend(queries, keys, values, tau)
+        if by_label:
+            averaged = torch.where(has_keys, averaged, q)
         q = averaged if propagation_weight == 1.0 else propagation_weight * averaged + (1 - propagation_weight) * own
     q = q.transpose(1, 2).unflatten(2, query_grid)
     if pool_queries:
@@ -197,17 +197,20 @@ def check_affinity(
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def pool_labels(labels: Tensor, grid: tuple[int, int], num_classes: int, ignore_index: int = 255) -> Tensor:
-    """The label of each cell of a grid: the majority among the labelled pixels it covers.
+def pool_labels(
+    labels: Tensor, grid: tuple[int, int], num_classes: int, ignore_index: int = 255, stride: int = 1
+) -> Tensor:
+    """The label of each cell of a grid, or block of cells: the majority among the labelled pixels it covers.
 
     Args:
         labels: `(B, H, W)`, int64.
         grid: (h, w). Where it is finer than the labels, cells between take the label they lie on.
         num_classes: C. Memory is B x h x w x C counts.
         ignore_index: label of void pixels, and of cells without a labelled pixel.
+        stride: blocks of so many cells squared take the place of cells.
 
     Returns:
-        `(B, h, w)`, int64. The lowest class wins a tie.
+        `(B, h, w)`, or `(B, ceil(h / stride), ceil(w / stride))`, int64. The lowest class wins a tie.
 
     Example:
         >>> pool_labels(torch.tensor([[[0, 1, 255, 255], [1, 1, 255, 2]]]), (1, 2), 3)
@@ -218,19 +221,16 @@ def pool_labels(labels: Tensor, grid: tuple[int, int], num_classes: int, ignore_
         rows, columns = (torch.arange(n, device=labels.device) for n in size)
         labels = labels[:, (rows * labels.shape[1] // size[0])[:, None], columns * labels.shape[2] // size[1]]
     rows, columns = (
-        torch.arange(have, device=labels.device) * want // have for have, want in zip(size, grid, strict=True)
+        torch.arange(have, device=labels.device) * want // have // stride
+        for have, want in zip(size, grid, strict=True)
     )
+    grid = (math.ceil(grid[0] / stride), math.ceil(grid[1] / stride))
     batch, cells = labels.shape[0], grid[0] * grid[1]
     cell = rows[:, None] * grid[1] + columns + torch.arange(batch, device=labels.device)[:, None, None] * cells
     valid = is_labelled(labels, ignore_index)
     counts = torch.bincount((cell * num_classes + labels)[valid], minlength=batch * cells * num_classes)
     most, winner = counts.view(batch, *grid, num_classes).max(dim=-1)
     return winner.masked_fill(most == 0, ignore_index)
-
-
-def is_labelled(labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """Which pixels have a label: neither `ignore_index` nor [`PADDING_INDEX`]. Boolean, the shape of `labels`."""
-    return (labels != ignore_index) & (labels != PADDING_INDEX)
 
 
 def _capped_stride(stride: int, grid: tuple[int, int], max_cells: int | None) -> int:
@@ -246,12 +246,7 @@ def _pool(maps: Tensor, stride: int) -> Tensor:
 
 
 def _pair_tags(
-    query_labels: Tensor,
-    key_labels: Tensor,
-    *,
-    same_class: int,
-    skip: int | None,
-    tau: float,
+    query_labels: Tensor, key_labels: Tensor, same_class: int, skip: int | None, tau: float
 ) -> tuple[Tensor, Tensor]:
     """Extra dimensions of queries and keys that leave pairs out of the softmax.
 
@@ -271,6 +266,19 @@ def _pair_tags(
     return torch.cat(query_tags, dim=2), torch.cat(key_tags, dim=2)
 
 
+def _has_keys(query_labels: Tensor, key_labels: Tensor, same_class: int, skip: int | None) -> Tensor:
+    """Whether a query `(B, N)` has any key left, for the same arguments: where all are excluded, all score alike."""
+    found = torch.ones_like(key_labels, dtype=torch.bool) if skip is None else key_labels != skip
+    has_keys = found.any(dim=1, keepdim=True).expand_as(query_labels)
+    if same_class:
+        classes = torch.arange(same_class, device=key_labels.device)
+        present = (key_labels[..., None] == classes).any(dim=1)  # (B, C)
+        is_class = (query_labels >= 0) & (query_labels < same_class)
+        own = present.gather(1, query_labels.masked_fill(~is_class, 0))
+        has_keys = torch.where(is_class, own, has_keys)
+    return has_keys
+
+
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, tau: float) -> Tensor:
     """Averages of `values` `(B, M, C)` for queries `(B, N, D)` and keys `(B, M, D)`: float32 `(B, N, C)`."""
     # Kernels need one head dimension for queries, keys and values, else torch falls back to the N x M matrix.
@@ -285,16 +293,15 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, tau: float) -> Tensor
 
 
 def _attend_to_others(queries: Tensor, keys: Tensor, values: Tensor, tau: float) -> Tensor:
-    """The same without the pairs (i, i): queries and keys are those of the same cells.
+    """The same without the pairs (i, i), in float32: queries and keys are those of the same cells.
 
     One more key, a sink, scores with every query exactly what the query's own key does. Its weight, which comes back
     in an extra channel of the values, is therefore the cell's own, and can be taken out of the average.
     """
-    own_score = (queries.float() * keys.float()).sum(dim=2, keepdim=True)
-    rounded = own_score.to(queries.dtype)
-    queries = torch.cat([queries, rounded, (own_score - rounded).to(queries.dtype)], dim=2)
-    sink = F.pad(keys.new_zeros(keys.shape[0], 1, keys.shape[2]), (0, 2), value=1.0)
-    keys = torch.cat([F.pad(keys, (0, 2)), sink], dim=1)
+    queries, keys = queries.float(), keys.float()  # half precision loses what a dominant own weight leaves over
+    queries = torch.cat([queries, (queries * keys).sum(dim=2, keepdim=True)], dim=2)
+    sink = F.pad(keys.new_zeros(keys.shape[0], 1, keys.shape[2]), (0, 1), value=1.0)
+    keys = torch.cat([F.pad(keys, (0, 1)), sink], dim=1)
     with_sink = F.pad(values, (0, 1, 0, 1))
     with_sink[:, -1, -1] = 1.0
     averages = _attend(queries, keys, with_sink, tau)

@@ -3,7 +3,8 @@
 Bilinear interpolation is a pair of small matrix products, one for the rows and one for the columns. So upsampling,
 log-softmax, loss and gradient are computed tile by tile over the label map, and the gradient is taken back to the
 classifier's grid at once, in the forward pass. Nothing larger than a tile exists at full resolution. This is what
-fused linear-cross-entropy kernels do for language models, with interpolation in the place of the linear layer.
+fused linear-cross-entropy kernels do for language models, with interpolation in the place of the linear layer. Where
+TF32 is switched on for the matrix products of a GPU, its rounding applies.
 """
 
 import math
@@ -15,9 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Label of what a crop adds around an image. It is no label, like the ignore index, and unlike it never distilled.
+PADDING_INDEX = -1
+
 # Elements of one tile of upsampled logits, and its widest: on a CPU a tile should stay in the cache and its matrices
 # small, on a GPU it should fill the device.
-_TILE = {"cpu": (2**18, 128), "cuda": (2**25, 4096)}
+_TILE = {"cpu": (2**18, 128), "cuda": (2**23, 1024)}
 
 
 class FusedSoftLabelCrossEntropy(torch.autograd.Function):
@@ -32,7 +36,7 @@ class FusedSoftLabelCrossEntropy(torch.autograd.Function):
         """`(loss, one_hot, soft, void)`: three sums over pixels, and their sum with the given weights.
 
         With `p_u = softmax(up(z)_u)`: `one_hot = sum -log p_u[y_u]` and `soft = sum -sum_c up(q)_uc log p_uc` over
-        labelled pixels, `void` the same as `soft` over pixels labelled `ignore_index`. Negative labels are in none.
+        labelled pixels, `void` the same as `soft` over pixels labelled `ignore_index`; padding is in none.
         Weights are scalar tensors; `soft` is 0 without `aggregated`, and `void` without `void_weight`.
         """
         z = logits.float()
@@ -41,7 +45,7 @@ class FusedSoftLabelCrossEntropy(torch.autograd.Function):
         one_hot, soft, void = z.new_zeros(3)
         for tile in _tiles(z, labels):
             log_p = tile.up(z).log_softmax(dim=1)
-            labelled = (tile.labels != ignore_index) & (tile.labels >= 0)
+            labelled = is_labelled(tile.labels, ignore_index)
             target = tile.labels.masked_fill(~labelled, 0).unsqueeze(1)
             one_hot -= log_p.gather(1, target).squeeze(1).masked_fill(~labelled, 0.0).sum()
             label_share = (labelled * one_hot_weight).unsqueeze(1)
@@ -63,7 +67,7 @@ class FusedSoftLabelCrossEntropy(torch.autograd.Function):
                 slope *= label_share
             else:
                 slope *= label_share + q_share * up_q.sum(dim=1, keepdim=True)
-                slope -= up_q.mul_(q_share)
+                slope.addcmul_(up_q, q_share, value=-1.0)
             slope.scatter_add_(1, target, -label_share)
             tile.add_down(slope, gradient)
         loss = one_hot_weight * one_hot
@@ -84,21 +88,29 @@ class FusedSoftLabelCrossEntropy(torch.autograd.Function):
         return (gradient * loss_gradient).to(ctx.dtype), None, None, None, None, None, None
 
 
+def is_labelled(labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """Which pixels have a label: neither `ignore_index` nor [`PADDING_INDEX`]. Boolean, the shape of `labels`."""
+    return (labels != ignore_index) & (labels != PADDING_INDEX)
+
+
 class _Tile(NamedTuple):
     """A rectangle of the label map, and what interpolates a part of the grid to it."""
 
     labels: Tensor  # (B, R, S)
     part: tuple[slice, slice]  # the rows and columns of the grid that reach the tile
-    rows: Tensor  # (R, r)
-    columns: Tensor  # (S, s)
+    rows: Tensor | None  # (R, r); None where nothing is interpolated
+    columns: Tensor | None  # (S, s)
 
     def up(self, maps: Tensor) -> Tensor:
         """`(B, C, h, w)` to this tile's `(B, C, R, S)`."""
-        return self.rows @ (maps[(..., *self.part)] @ self.columns.T)
+        part = maps[(..., *self.part)]
+        part = part if self.columns is None else part @ self.columns.T
+        return part if self.rows is None else self.rows @ part
 
     def add_down(self, tile: Tensor, maps: Tensor) -> None:
         """The transpose of `up`: add what a tile `(B, C, R, S)` gives to `maps` `(B, C, h, w)`."""
-        maps[(..., *self.part)] += (self.rows.T @ tile) @ self.columns
+        tile = tile if self.rows is None else self.rows.T @ tile
+        maps[(..., *self.part)] += tile if self.columns is None else tile @ self.columns
 
 
 def _tiles(maps: Tensor, labels: Tensor) -> Iterator[_Tile]:
@@ -111,20 +123,27 @@ def _tiles(maps: Tensor, labels: Tensor) -> Iterator[_Tile]:
         for x in range(0, size[1], width):
             tile = labels[:, y : y + height, x : x + width]
             part = (_reach(y, tile.shape[1], size[0], grid[0]), _reach(x, tile.shape[2], size[1], grid[1]))
-            yield _Tile(tile, part, rows[y : y + height, part[0]], columns[x : x + width, part[1]])
+            yield _Tile(
+                tile,
+                part,
+                None if rows is None else rows[y : y + height, part[0]],
+                None if columns is None else columns[x : x + width, part[1]],
+            )
 
 
 def _reach(start: int, length: int, target: int, source: int) -> slice:
     """The source cells from which the target pixels `start` to `start + length` are interpolated."""
+    if source == target:
+        return slice(start, start + length)
     # Target pixel t lies at (t + 0.5) source / target - 0.5, between that rounded down and the next.
     first = math.floor((start + 0.5) * source / target - 0.5)
     last = math.floor((start + length - 0.5) * source / target - 0.5) + 1
     return slice(max(0, first), min(source, last + 1))
 
 
-def _interpolation(source: int, target: int, like: Tensor) -> Tensor:
+def _interpolation(source: int, target: int, like: Tensor) -> Tensor | None:
     """The `(target, source)` matrix of linear interpolation, `align_corners=False`, by torch's own interpolation."""
-    identity = torch.eye(source, device=like.device, dtype=like.dtype)
     if source == target:
-        return identity
+        return None
+    identity = torch.eye(source, device=like.device, dtype=like.dtype)
     return F.interpolate(identity[None], size=target, mode="linear", align_corners=False)[0].T.contiguous()

@@ -152,7 +152,7 @@ class ClassifierTap:
     def _add_to_outputs(
         self, model: nn.Module, inputs: tuple[Tensor, ...], outputs: SemanticSegmenterOutput
     ) -> OutputWithAuxiliary:
-        return OutputWithAuxiliary(**outputs, auxiliary_logits=self._auxiliary)
+        return OutputWithAuxiliary(**{**outputs, "auxiliary_logits": self._auxiliary})
 
     def read(self) -> Reading:
         """What the last forward pass gave, once.
@@ -181,7 +181,11 @@ def _is_auxiliary(name: str) -> bool:
 
 
 def encoder_features(
-    hidden_states: tuple[Tensor, ...] | None, stage: int, image_size: tuple[int, int], grid: tuple[int, int]
+    hidden_states: tuple[Tensor, ...] | None,
+    stage: int,
+    image_size: tuple[int, int],
+    grid: tuple[int, int],
+    patch_size: int | None = None,
 ) -> Tensor:
     """One of an encoder's hidden states as `(B, D, h, w)` maps on the classifier's grid.
 
@@ -191,6 +195,7 @@ def encoder_features(
         stage: index into them; -1 is the last.
         image_size: (H, W) of the network's input.
         grid: (h, w) of the classifier.
+        patch_size: of a vision transformer, see [`patch_size_of`]; later stages may have merged patches.
 
     Raises:
         InputError: there is no such stage, or it cannot be laid out on the image.
@@ -199,20 +204,35 @@ def encoder_features(
         raise InputError(f"encoder_stage {stage}: the network has {len(hidden_states or ())} hidden states")
     features = hidden_states[stage]
     if features.ndim == 3:
-        features = _tokens_to_maps(features, image_size)
+        features = _tokens_to_maps(features, image_size, patch_size)
     if features.ndim != 4:
         raise InputError(f"encoder_stage {stage} is {tuple(features.shape)}, no map of features (B, D, h, w)")
     return upsample(features, grid)
 
 
-def _tokens_to_maps(tokens: Tensor, image_size: tuple[int, int]) -> Tensor:
-    length = tokens.shape[1]
-    side = math.gcd(*image_size)
-    for patch in [size for size in range(1, side + 1) if side % size == 0]:
-        height, width = image_size[0] // patch, image_size[1] // patch
+def patch_size_of(config: PreTrainedConfig) -> int | None:
+    """The side of a vision transformer's patches, if the network or its backbone has any that are square."""
+    for part in (config, getattr(config, "backbone_config", None)):
+        size = getattr(part, "patch_size", None)
+        if isinstance(size, list | tuple) and len(set(size)) == 1:
+            size = size[0]
+        if isinstance(size, int):
+            return size
+    return None
+
+
+def _tokens_to_maps(tokens: Tensor, image_size: tuple[int, int], patch_size: int | None) -> Tensor:
+    length, grids = tokens.shape[1], []
+    for merged in (1, 2, 4, 8) if patch_size else ():
+        sides = [n / (patch_size * merged) for n in image_size]
+        grids += [[math.floor(n) for n in sides], [math.ceil(n) for n in sides]]
+    grids.sort(key=lambda grid: grid[0] * grid[1] != length)  # stable: those that fit without other tokens first
+    for height, width in grids:
         if 0 <= length - height * width <= _MAX_PREFIX_TOKENS:
             return tokens[:, length - height * width :].transpose(1, 2).unflatten(2, (height, width))
-    raise InputError(f"{length} tokens do not cover an image of {image_size[0]}x{image_size[1]} in square patches")
+    raise InputError(
+        f"{length} tokens do not cover an image of {image_size[0]}x{image_size[1]} in patches of {patch_size} pixels"
+    )
 
 
 def _outputs(layer: nn.Conv2d | nn.Linear) -> int:

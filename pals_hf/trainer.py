@@ -25,10 +25,10 @@ from transformers.utils import logging
 from .config import PALSConfig
 from .data import WEAK_VIEW, collate
 from .errors import InputError, first_line
-from .functional import count_pixels, soft_label_cross_entropy, upsample_argmax
+from .functional import count_pixels, is_labelled, soft_label_cross_entropy, upsample_argmax
 from .losses import CrossEntropyLoss, LabelSmoothingLoss, PALSLoss
 from .metrics import SegmentationMetrics, confusion_matrix, nan_to_none
-from .models import ClassifierTap, Reading, backbone_of, encoder_features
+from .models import ClassifierTap, Reading, backbone_of, encoder_features, patch_size_of
 
 logger = logging.get_logger(__name__)
 
@@ -102,19 +102,33 @@ class PALSTrainer(Trainer):
         self.compute_metrics = self._stream_metrics
         self._cross_entropy_sum = 0.0
         self._loss_parts: Counter[str] = Counter()
-        self._average: AveragedModel | None = None
-        if args.loss == "pals" and args.teacher == "ema":
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise InputError("teacher='ema' needs the whole network on every device, without FSDP or DeepSpeed")
-            average = get_ema_multi_avg_fn(args.ema_decay)
-            self._average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-            self._average.eval()
+        self._labels_checked = False
+        self._average = self._start_average(self.model)
+        self._check_padding()
         self.add_callback(_TrainingCallback(self))
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         model = super().call_model_init(trial)
         self._adopt(model, self.args)
+        if hasattr(self, "_average"):  # another training with this trainer
+            self._average = self._start_average(model)
         return model
+
+    def _start_average(self, model: nn.Module) -> AveragedModel | None:
+        """The teacher of `teacher="ema"`: averaged weights, and the network's own batch statistics."""
+        if self.args.loss != "pals" or self.args.teacher != "ema":
+            return None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError("teacher='ema' needs the whole network on every device, without FSDP or DeepSpeed")
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.args.ema_decay)).eval()
+
+    def _check_padding(self) -> None:
+        transform = getattr(self.train_dataset, "transform", None)
+        distills = self.args.loss == "pals" and self.args.distill_void
+        if distills and getattr(transform, "padding_index", None) == self.args.ignore_index:
+            raise InputError(
+                "distill_void would learn from padding: use TrainTransform(..., padding_index=PADDING_INDEX)"
+            )
 
     def _adopt(self, model: PreTrainedModel, args: PALSConfig) -> None:
         self._tap = ClassifierTap(model, before_dropout=args.affinity_source == "before_dropout")
@@ -161,7 +175,8 @@ class PALSTrainer(Trainer):
             reading = reading._replace(features=reading.logits)
         elif source == "encoder":
             size, grid = inputs["pixel_values"].shape[2:], reading.logits.shape[2:]
-            features = encoder_features(outputs.hidden_states, self.args.encoder_stage, size, grid)
+            patch_size = patch_size_of(self.model.config)
+            features = encoder_features(outputs.hidden_states, self.args.encoder_stage, size, grid, patch_size)
             reading = reading._replace(features=features)
         return reading, outputs
 
@@ -179,7 +194,8 @@ class PALSTrainer(Trainer):
         if self._average is not None:
             network = self._average.module
             before_dropout = self.args.affinity_source == "before_dropout"
-            return self._read(network, ClassifierTap(network, before_dropout), inputs)[0]
+            with self.accelerator.autocast():  # Accelerate gives it to the network it trains only
+                return self._read(network, ClassifierTap(network, before_dropout), inputs)[0]
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
@@ -194,9 +210,22 @@ class PALSTrainer(Trainer):
             return None
         if any(isinstance(value, list) for batch in batch_samples for value in batch.values()):
             raise InputError("images of one training batch differ in size: crop them to one size in the transform")
+        if not self._labels_checked:
+            self._check_labels(batch_samples[0]["labels"])
+            self._labels_checked = True
         distill_void = getattr(self.loss_function, "distill_void", False)
         counts = [count_pixels(batch["labels"], self.args.ignore_index, distill_void) for batch in batch_samples]
         return self.accelerator.reduce(torch.stack(counts).sum(dim=0).to(device), "sum")
+
+    def _check_labels(self, labels: Tensor) -> None:
+        """Once a training, where a wrong convention shows at once; on a GPU it would end in a failed assertion."""
+        labelled = labels[is_labelled(labels, self.args.ignore_index)]
+        wrong = labelled[(labelled < 0) | (labelled >= self.model.config.num_labels)]
+        if wrong.numel():
+            raise InputError(
+                f"label {wrong[0].item()} is none of the classes 0 to {self.model.config.num_labels - 1} and not "
+                f"ignore_index={self.args.ignore_index}"
+            )
 
     def _freeze_statistics(self) -> None:
         """Put frozen batch norm layers back into evaluation mode, which `model.train()` has just ended."""
@@ -227,6 +256,21 @@ class PALSTrainer(Trainer):
                         groups.append({**group, "params": chosen, "lr": group["lr"] * scale})
             optimizer.param_groups = groups
         return optimizer
+
+    def rehearse(self) -> None:
+        """Take the loss of one training example, so that what does not fit shows before the training.
+
+        Raises:
+            InputError: labels outside the classes, or an option the network cannot serve.
+        """
+        device = next(self.model.parameters()).device
+        batch = {name: value.to(device) for name, value in self.data_collator([self.train_dataset[0]]).items()}
+        self._check_labels(batch["labels"])
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            self.compute_loss(self.model, batch)
+        self.model.train(training)
 
     # ---- Logging ----
 
@@ -361,6 +405,12 @@ class _TrainingCallback(TrainerCallback):
     def __init__(self, trainer: PALSTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.loss_function = build_loss(args)  # a search has changed the arguments
+        self.trainer._labels_checked = False
+        if self.trainer._average is not None:
+            self.trainer._average.to(args.device)
+
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate does so only where its sampler leaves it room.
         if hasattr(self.trainer.train_dataset, "set_epoch"):
@@ -417,12 +467,14 @@ def compute_loss_func(loss: nn.Module, model: nn.Module) -> Callable[..., Tensor
 
     def compute(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         reading = tap.read()
+        if reading.logits.shape[0] != labels.shape[0]:
+            raise InputError("the model runs in nn.DataParallel, out of reach of the tap: use `accelerate launch`")
         counted = labels != -100
         labels = labels.masked_fill(~counted, loss.ignore_index)
         if num_items_in_batch is None:
             return whole_loss(loss, reading, labels)
-        share_labelled = (labels != loss.ignore_index).sum() / counted.sum().clamp(min=1)
-        return whole_loss(loss, reading, labels, num_items_in_batch * share_labelled)
+        counts = count_pixels(labels, loss.ignore_index, getattr(loss, "distill_void", False))
+        return whole_loss(loss, reading, labels, counts * (num_items_in_batch / counted.sum().clamp(min=1)))
 
     return compute
 

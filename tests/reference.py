@@ -4,18 +4,20 @@ import torch
 import torch.nn.functional as F
 
 
-def pool_labels(labels, grid, num_classes, ignore_index=255):
-    """Majority per cell by counting pixel by pixel; the label map must not be smaller than the grid."""
-    pooled = torch.full((labels.shape[0], *grid), ignore_index)
+def pool_labels(labels, grid, num_classes, ignore_index=255, stride=1):
+    """Majority per block of cells by counting pixel by pixel; the label map must not be smaller than the grid."""
+    blocks = [-(-n // stride) for n in grid]
+    pooled = torch.full((labels.shape[0], *blocks), ignore_index)
     for image in range(labels.shape[0]):
-        counts = torch.zeros(*grid, num_classes, dtype=torch.int64)
+        counts = torch.zeros(*blocks, num_classes, dtype=torch.int64)
         for row in range(labels.shape[1]):
             for column in range(labels.shape[2]):
                 label = int(labels[image, row, column])
                 if 0 <= label < num_classes:
-                    counts[row * grid[0] // labels.shape[1], column * grid[1] // labels.shape[2], label] += 1
-        for row in range(grid[0]):
-            for column in range(grid[1]):
+                    cell = (row * grid[0] // labels.shape[1], column * grid[1] // labels.shape[2])
+                    counts[cell[0] // stride, cell[1] // stride, label] += 1
+        for row in range(blocks[0]):
+            for column in range(blocks[1]):
                 if counts[row, column].any():
                     pooled[image, row, column] = counts[row, column].argmax()
     return pooled
@@ -50,14 +52,17 @@ def aggregate(
     queries = F.normalize(features.double(), dim=1)
     keys, own = queries, probabilities.double()
     if affinity_stride > 1:
-        keys = F.normalize(block_means(queries, affinity_stride), dim=1)
+        keys = F.normalize(block_means(features.double(), affinity_stride), dim=1)
         if affinity_pooling == "both":
             queries, own = keys, block_means(own, affinity_stride)
     query_grid, key_grid = queries.shape[2:], keys.shape[2:]
     similarity = queries.flatten(2).transpose(1, 2) @ keys.flatten(2) / tau  # (B, N, M)
     counts = torch.ones_like(similarity, dtype=torch.bool)
     if pairs == "same_class" or not void_keys:
-        of_query, of_key = (pool_labels(labels, g, num_classes).flatten(1) for g in (query_grid, key_grid))
+        of_cells, of_blocks = (
+            pool_labels(labels, grid, num_classes, stride=s).flatten(1) for s in (1, affinity_stride)
+        )
+        of_query, of_key = of_cells if query_grid == grid else of_blocks, of_blocks
         if not void_keys:
             counts &= (of_key != 255)[:, None, :]
         if pairs == "same_class":

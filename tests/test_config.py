@@ -88,3 +88,8 @@ def test_the_token_is_in_no_pickle_and_no_json(tmp_path):
     assert "hf_secret" not in json.dumps(config.to_dict())
     assert config.hub_token == "hf_secret"  # still there for pushing
     assert pickle.loads(pickle.dumps(config)).beta == config.beta
+
+
+def test_padding_must_be_told_from_void(tmp_path):
+    with pytest.raises(InputError, match="distill_void needs another ignore_index than -1"):
+        PALSConfig(tmp_path, distill_void=True, ignore_index=-1)

@@ -110,6 +110,7 @@ class TestAggregateProbabilities:
             {"affinity_stride": 4, "pairs": "same_class", "void_keys": False, "include_self": False},
             {"affinity_stride": 4, "affinity_pooling": "keys", "propagation_steps": 2, "void_keys": False},
             {"affinity_stride": 2, "affinity_pooling": "keys", "pairs": "same_class"},
+            {"affinity_stride": 5, "pairs": "same_class", "void_keys": False},
         ],
         ids=str,
     )
@@ -136,6 +137,29 @@ class TestAggregateProbabilities:
         q = aggregate_probabilities(f, p, tau=0.3, labels=labels, pairs="same_class", include_self=False)
         torch.testing.assert_close(q[..., 2, 3], p[..., 2, 3])
         assert (q - p).abs().max() > 0.01
+
+    def test_a_class_that_is_in_no_block_keeps_its_own_distribution(self):
+        """With pooled keys the majority of every block is another class: nothing of its own is left."""
+        labels = torch.zeros(1, 6, 9, dtype=torch.int64)
+        labels[0, 2, 3] = 1
+        f, p = maps(8, batch=1), maps(3, seed=1, batch=1).softmax(dim=1)
+        options = {"pairs": "same_class", "affinity_stride": 3, "affinity_pooling": "keys"}
+        q = aggregate_probabilities(f, p, tau=0.3, labels=labels, **options)
+        torch.testing.assert_close(q[..., 2, 3], p[..., 2, 3])
+        torch.testing.assert_close(q.double(), reference.aggregate(f, p, 0.3, labels, **options), rtol=1e-4, atol=1e-5)
+
+    def test_nothing_but_void_without_void_keys(self):
+        f, p = maps(8), maps(3, seed=1).softmax(dim=1)
+        void = torch.full((2, 24, 36), 255)
+        torch.testing.assert_close(aggregate_probabilities(f, p, tau=0.3, labels=void, void_keys=False), p)
+
+    def test_without_self_half_precision_features_lose_nothing(self):
+        """Where the own weight dominates, what the others have is smaller than bfloat16 can tell."""
+        f, p = maps(32).bfloat16(), maps(5, seed=1).softmax(dim=1)
+        q = aggregate_probabilities(f, p, tau=0.15, include_self=False)
+        torch.testing.assert_close(
+            q.double(), reference.aggregate(f.float(), p, 0.15, include_self=False), rtol=0.05, atol=0.01
+        )
 
     def test_values_of_void_cells_stay_out_without_void_keys(self):
         f, p, labels = maps(8), maps(3, seed=1).softmax(dim=1), patchy_labels()
@@ -200,6 +224,14 @@ class TestPoolLabels:
     def test_is_the_majority_of_the_labelled_pixels(self, grid):
         labels = random_labels(void_share=0.6)
         assert torch.equal(pool_labels(labels, grid, 3), reference.pool_labels(labels, grid, 3))
+
+    def test_blocks_are_those_of_the_cells(self):
+        """Grid 9 at stride 2: five blocks of 2, 2, 2, 2 and 1 cells, not five even parts."""
+        labels = random_labels(void_share=0.6)
+        expected = reference.pool_labels(labels, (6, 9), 3, stride=2)
+        assert expected.shape == (2, 3, 5)
+        assert torch.equal(pool_labels(labels, (6, 9), 3, stride=2), expected)
+        assert not torch.equal(expected, pool_labels(labels, (3, 5), 3))
 
     def test_padding_is_void(self):
         labels = torch.tensor([[[PADDING_INDEX, PADDING_INDEX, 2, PADDING_INDEX]]])
@@ -301,6 +333,13 @@ class TestSoftLabelCrossEntropy:
             loss = soft_label_cross_entropy(logits.clone().requires_grad_(), labels)
         assert loss == soft_label_cross_entropy(logits, labels)
 
+    def test_fused_leaves_its_inputs_alone(self):
+        logits, labels, q = maps(3), random_labels((6, 9)), maps(3, seed=1).softmax(dim=1)
+        before = logits.clone(), q.clone()
+        soft_label_cross_entropy(logits.requires_grad_(), labels, q, 0.5).backward()
+        assert torch.equal(logits, before[0])
+        assert torch.equal(q, before[1])
+
     def test_fused_channels_last_logits(self):
         logits, labels = maps(5), random_labels(classes=5)
         expected = soft_label_cross_entropy(logits, labels)
@@ -321,6 +360,14 @@ class TestSoftLabelCrossEntropy:
         )
         extra = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
         assert extra < 70 * 1024  # KiB: 8 MB of labels, 4 x 5 MB of maps, tiles
+
+    @FUSED
+    @pytest.mark.parametrize("label", [3, -100])
+    def test_a_label_outside_the_classes(self, label, fused):
+        labels = random_labels()
+        labels[0, 0, 0] = label
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            soft_label_cross_entropy(maps(3), labels, fused=fused)
 
     def test_num_items_with_distillation_are_two(self):
         logits, labels, q = maps(3), random_labels(), maps(3, seed=1).softmax(dim=1)

@@ -141,24 +141,34 @@ class TestEncoderFeatures:
         assert encoder_features(states, -1, (64, 96), (16, 24)).shape == (2, 7, 16, 24)
         assert torch.equal(encoder_features(states, 0, (64, 96), (8, 12)), states[0])
 
-    @pytest.mark.parametrize("prefix", [0, 1, 9])
-    def test_tokens_are_laid_out_on_the_image(self, prefix):
-        maps = torch.randn(2, 5, 4, 6)
+    @pytest.mark.parametrize(
+        ("image_size", "patch_size", "grid", "prefix"),
+        [
+            ((64, 96), 16, (4, 6), 0),
+            ((64, 96), 16, (4, 6), 9),
+            ((180, 240), 14, (12, 17), 2),  # no multiple of the patch
+            ((200, 200), 16, (12, 12), 1),
+            ((64, 96), 4, (8, 12), 0),  # patches merged once, as in Swin
+            ((60, 96), 4, (8, 12), 0),
+        ],
+    )
+    def test_tokens_are_laid_out_on_the_image(self, image_size, patch_size, grid, prefix):
+        maps = torch.randn(2, 5, *grid)
         tokens = torch.cat([torch.zeros(2, prefix, 5), maps.flatten(2).transpose(1, 2)], dim=1)
-        assert torch.equal(encoder_features((tokens,), 0, (64, 96), (4, 6)), maps)
+        assert torch.equal(encoder_features((tokens,), 0, image_size, grid, patch_size), maps)
 
     @pytest.mark.parametrize(
         ("states", "stage", "message"),
         [
             (None, 0, "the network has 0 hidden states"),
             ((torch.zeros(1, 2, 3, 3),), 1, "encoder_stage 1: the network has 1 hidden states"),
-            ((torch.zeros(1, 300, 3),), 0, "300 tokens do not cover an image of 64x96"),
+            ((torch.zeros(1, 300, 3),), 0, "300 tokens do not cover an image of 64x96 in patches of 16 pixels"),
             ((torch.zeros(1, 3),), 0, "no map of features"),
         ],
     )
     def test_refuses(self, states, stage, message):
         with pytest.raises(InputError, match=message):
-            encoder_features(states, stage, (64, 96), (4, 6))
+            encoder_features(states, stage, (64, 96), (4, 6), 16)
 
 
 class TestRefuseUnsuitable:

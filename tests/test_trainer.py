@@ -184,6 +184,41 @@ class TestTraining:
         trainer._average = None
         torch.testing.assert_close(trainer.compute_loss(model, batch), live)
 
+    def test_another_training_has_another_teacher(self, tmp_path):
+        """As in a search: the second training starts from its own model and the arguments it was given."""
+        args = config(tmp_path, teacher="ema", tau=0.3)
+        trainer = PALSTrainer(model_init=lambda: tiny_segformer(), args=args, train_dataset=Examples())
+        trainer.train()
+        first = trainer._average
+        trainer.args.tau = 0.7
+        trainer.train()
+        assert trainer._average is not first
+        assert trainer._average.n_averaged == 1
+        assert trainer.loss_function.affinity["tau"] == 0.7
+
+    def test_labels_outside_the_classes(self, tmp_path):
+        examples = Examples()
+        examples.labels[examples.labels == 255] = -100
+        trainer = PALSTrainer(tiny_segformer(), config(tmp_path), train_dataset=examples)
+        with pytest.raises(InputError, match=r"label -100 is none of the classes 0 to 3 and not ignore_index=255"):
+            trainer.train()
+        PALSTrainer(tiny_segformer(), config(tmp_path, ignore_index=-100), train_dataset=examples).train()
+
+    def test_rehearsal_shows_what_does_not_fit(self, tmp_path):
+        model = tiny_mobilenet_v2()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        PALSTrainer(model, config(tmp_path), train_dataset=Examples(size=(64, 64))).rehearse()
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        args = config(tmp_path, affinity_source="encoder", encoder_stage=99)
+        with pytest.raises(InputError, match="encoder_stage 99"):
+            PALSTrainer(model, args, train_dataset=Examples(size=(64, 64))).rehearse()
+
+    def test_padding_is_never_distilled(self, folder, tmp_path):
+        data = load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID])
+        dataset = TransformedDataset(data.train, TrainTransform(build_image_processor(None), (64, 64)))
+        with pytest.raises(InputError, match="distill_void would learn from padding"):
+            PALSTrainer(tiny_segformer(), config(tmp_path, distill_void=True), train_dataset=dataset)
+
     def test_weak_view(self, folder, tmp_path):
         """q comes from the image without colour jitter, and the pass that makes it leaves no trace."""
         data, processor = (
@@ -347,7 +382,6 @@ class TestTraining:
             features,
             (logits.double() / values["temperature"]).softmax(dim=1),
             values["tau"],
-            affinity_stride=values["affinity_stride"],
         )
         assert (q - q.mean(dim=(2, 3), keepdim=True)).abs().max() > 1e-3  # there is something to tell apart
         expected = reference.soft_label_loss(logits, batch["labels"], q, values["beta"])
@@ -588,10 +622,23 @@ class TestComputeLossFunc:
 
 def test_compute_loss_func_with_an_auxiliary_head():
     model = tiny_upernet(**AUXILIARY, auxiliary_in_channels=16).eval()
-    compute = compute_loss_func(CrossEntropyLoss(), model)
+    compute_loss_func(CrossEntropyLoss(), model)
+    compute = compute_loss_func(CrossEntropyLoss(), model)  # as when a notebook cell runs twice
     inputs = collate([Examples(size=(64, 64))[index] for index in range(2)])
     loss = compute(model(inputs["pixel_values"]), inputs["labels"])
     torch.testing.assert_close(loss, model(**inputs).loss)
+
+
+def test_compute_loss_func_with_distillation():
+    model, loss = tiny_segformer().eval(), PALSLoss(distill_void=True)
+    inputs = collate([Examples()[index] for index in range(3)])
+    labels = inputs["labels"]
+    labels[:, :, :4] = PADDING_INDEX
+    compute = compute_loss_func(loss, model)
+    outputs = model(inputs["pixel_values"])
+    value = compute(outputs, labels, num_items_in_batch=torch.tensor(labels.numel()))
+    model(inputs["pixel_values"])
+    torch.testing.assert_close(value, compute(outputs, labels))
 
 
 class TestCheckpoints:

@@ -53,6 +53,7 @@ class TrainTransform:
     ):
         self.processor = processor
         self.weak_view = weak_view
+        self.padding_index = padding_index
         mean = [round(255 * value) for value in processor.image_mean or (0.5, 0.5, 0.5)]
         steps: list[v2.Transform] = []
         if processor.do_resize:

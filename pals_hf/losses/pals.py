@@ -6,13 +6,24 @@ from torch import Tensor, nn
 from ..functional import aggregate_probabilities, check_affinity, entropy, soft_label_cross_entropy
 
 PRESETS = {
-    # Temperature 4 keeps q soft once the network fits its few images. Provisional, see the README. Stride 2 compares
-    # a sixteenth of the pairs.
-    "default": {"beta": 0.3, "beta_schedule": "constant", "tau": 0.3, "temperature": 4.0, "affinity_stride": 2},
-    # The literal reading of the abstract: the one-hot label plus the aggregated distribution, halved.
-    "paper": {"beta": 0.5, "beta_schedule": "constant", "tau": 0.3, "temperature": 1.0, "affinity_stride": 1},
+    # Temperature 4 keeps q soft once the network fits its few images. Provisional, see the README. Comparing 2048
+    # blocks costs less than the rest of the loss, whatever the size of the image: see examples/benchmark_loss.py.
+    "default": {
+        "beta": 0.3,
+        "beta_schedule": "constant",
+        "tau": 0.3,
+        "temperature": 4.0,
+        "max_affinity_cells": 2048,
+    },
+    # The literal reading of the abstract: the one-hot label plus the aggregated distribution, halved, all pairs.
+    "paper": {
+        "beta": 0.5,
+        "beta_schedule": "constant",
+        "tau": 0.3,
+        "temperature": 1.0,
+        "max_affinity_cells": 65536,
+    },
 }
-DEFAULT_MAX_CELLS = 65536  # blocks of a 1024 x 1024 grid at stride 4
 
 
 class PALSLoss(nn.Module):
@@ -29,7 +40,7 @@ class PALSLoss(nn.Module):
         ignore_index: label of void pixels: they have no term in the loss.
         pairs, include_self, void_keys, propagation_steps, propagation_weight, affinity_stride, affinity_pooling,
         max_affinity_cells: which cells are averaged, and how: see [`aggregate_probabilities`]. Exact, over all pairs,
-            unless told otherwise; [`PALSConfig`] has a stride of its own.
+            unless told otherwise; [`PALSConfig`] has a cap of its own.
         distill_void: pixels labelled `ignore_index` learn from q alone, see [`soft_label_cross_entropy`]. Label
             what lies outside the image [`PADDING_INDEX`] then.
 
@@ -70,7 +81,7 @@ class PALSLoss(nn.Module):
         propagation_weight: float = 1.0,
         affinity_stride: int = 1,
         affinity_pooling: str = "both",
-        max_affinity_cells: int | None = DEFAULT_MAX_CELLS,
+        max_affinity_cells: int | None = None,
         distill_void: bool = False,
     ):
         super().__init__()

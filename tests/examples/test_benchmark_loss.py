@@ -11,7 +11,14 @@ import torch
 SCRIPT = Path(__file__).parents[2] / "examples" / "benchmark_loss.py"
 VARIANTS = {
     "aggregation": {"materialised float32", "float32", "bfloat16"},
-    "loss": {"transformers CE", "CE", "label smoothing", "PALS, q given", *(f"PALS, stride {s}" for s in (1, 2, 4))},
+    "loss": {
+        "transformers CE",
+        "CE",
+        "label smoothing",
+        "PALS, q given",
+        "PALS, default",
+        *(f"PALS, stride {s}" for s in (1, 2, 4)),
+    },
     "step": {"Trainer + CE", "PALSTrainer + CE", "PALSTrainer + PALS", "PALSTrainer + PALS, stride 1"},
     "evaluation": {"evaluate", "PALSTrainer"},
 }
