@@ -245,7 +245,7 @@ def seconds_of(call: Callable[[], float | None], device: str) -> float:
 
 
 def time_side_by_side(variants: Variants, device: str, rounds: int) -> dict[str, float]:
-    """Medians over rounds; the variants take turns, after one round that does not count (unless it is the only one)."""
+    """Medians over rounds in which the variants take turns. The first of several rounds does not count."""
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds + (rounds > 1)):
         for name, call in variants.items():
