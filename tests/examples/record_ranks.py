@@ -23,7 +23,11 @@ class RecordingDataset(TransformedDataset):
 
 def main(folder, *arguments):
     run_seg_pals.TransformedDataset = RecordingDataset
-    end = run_seg_pals.PALSTrainer.end
+    end, train = run_seg_pals.PALSTrainer.end, run_seg_pals.train
+
+    def record_and_train(trainer):
+        trained_on.clear()  # the rehearsal is no training
+        train(trainer)
 
     def record_and_end(trainer):
         folder.mkdir(exist_ok=True)
@@ -34,7 +38,7 @@ def main(folder, *arguments):
         (folder / f"rank-{rank}.json").write_text(json.dumps(record))
         end(trainer)
 
-    run_seg_pals.PALSTrainer.end = record_and_end
+    run_seg_pals.PALSTrainer.end, run_seg_pals.train = record_and_end, record_and_train
     run_seg_pals.main(list(arguments))
 
 
