@@ -145,7 +145,8 @@ class PALSConfig(TrainingArguments):
         default=None,
         metadata={
             "help": _preset_help(
-                "PALS: the stride is raised until there are no more blocks than this, which bounds the cost.",
+                "PALS: the stride is raised until there are no more blocks than this: with pooling `both` a bound on "
+                "the cost.",
                 "max_affinity_cells",
             )
         },

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from ..functional import aggregate_probabilities, check_affinity, entropy, soft_label_cross_entropy
 
 PRESETS = {
-    # Temperature 4 keeps q soft once the network fits its few images. Provisional, see the README. Comparing 2048
-    # blocks costs less than the rest of the loss, whatever the size of the image: see examples/benchmark_loss.py.
+    # Temperature 4 keeps q soft once the network fits its few images. Provisional, see the README. At most
+    # 2048 blocks are compared, so that the cost does not grow with the image: see examples/benchmark_loss.py.
     "default": {
         "beta": 0.3,
         "beta_schedule": "constant",
@@ -15,7 +15,8 @@ PRESETS = {
         "temperature": 4.0,
         "max_affinity_cells": 2048,
     },
-    # The literal reading of the abstract: the one-hot label plus the aggregated distribution, halved, all pairs.
+    # The literal reading of the abstract: the one-hot label plus the aggregated distribution, halved; all pairs of up
+    # to 65536 cells.
     "paper": {
         "beta": 0.5,
         "beta_schedule": "constant",
