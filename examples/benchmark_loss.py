@@ -213,7 +213,15 @@ def evaluation(device: str, images: int, mean_iou: str) -> Variants:
         variants["evaluate"] = lambda: void(theirs.evaluate())
     ours = PALSTrainer(network, PALSConfig(**common), eval_dataset=dataset)
     variants["PALSTrainer"] = lambda: void(ours.evaluate())
+    variants["the network alone"] = lambda: forward_passes(network.eval(), dataset, device)
     return variants
+
+
+@torch.no_grad()
+def forward_passes(network: nn.Module, dataset: Dataset, device: str) -> None:
+    """What no evaluation can do without."""
+    for index in range(len(dataset)):
+        network(pixel_values=dataset[index]["pixel_values"][None].to(device))
 
 
 def void(_: object) -> None:

@@ -8,7 +8,8 @@ trains a small SegFormer on built-in street scenes, offline. With your own data 
     accelerate launch examples/run_seg_pals.py --dataset_dir my_data --model_name_or_path nvidia/mit-b0 \
         --image_size 512 512 --train_fraction 0.1
 
-`my_data` has train/images/NAME.jpg, train/masks/NAME.png, the same for val, and id2label.json. Every flag can come
+`my_data` has train/images/NAME.jpg, train/masks/NAME.png, the same for val, and id2label.json; Cityscapes, Pascal
+VOC2012, ADE20K and CamVid are recognised as they are downloaded. Every flag can come
 from a recipe: `--recipe settings.yaml`; flags on the command line win.
 """
 
@@ -28,7 +29,9 @@ from typing import Any, NoReturn
 import datasets
 import torch
 import yaml
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from PIL.Image import Image, fromarray
 from safetensors import SafetensorError
 from transformers import (
     AutoImageProcessor,
@@ -47,9 +50,16 @@ from pals_hf.data import (
     EvalTransform,
     FractionManifest,
     SegmentationData,
+    SegmentationStream,
+    StreamedDataset,
     TrainTransform,
     TransformedDataset,
+    stream_segmentation_dataset,
 )
+from pals_hf.data.balance import rare_classes
+from pals_hf.data.checking import read_pair
+from pals_hf.data.fractions import METHODS
+from pals_hf.data.resizing import cache_resized
 from pals_hf.errors import InputError, first_line
 from pals_hf.functional import PADDING_INDEX
 from pals_hf.models import build_image_processor, build_model, predict_mask
@@ -57,22 +67,24 @@ from pals_hf.trainer import is_complete_checkpoint, last_complete_checkpoint
 from pals_hf.visualize import prediction_sheet, training_curves
 
 MANIFEST = "train_fraction.json"
+SKIPPED = "skipped_samples.json"
 NUM_PICTURES = 6  # rows of predictions.png
 
 
 @dataclass
-class ScriptArguments:
-    """What to train, and on which images."""
+class DataArguments:
+    """Which images, and how fractions of them are drawn."""
 
-    recipe: str | None = field(default=None, metadata={"help": "YAML or JSON file with any of these flags."})
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint to start from. Default: a small SegFormer from scratch."}
-    )
     dataset_dir: str | None = field(
-        default=None, metadata={"help": "Folder with train/images, train/masks, maybe val/, and id2label.json."}
+        default=None,
+        metadata={
+            "help": "Folder: Cityscapes, VOC2012, ADE20K or CamVid as downloaded, or train/images, train/masks, maybe "
+            "val/, and id2label.json."
+        },
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Data set on the Hub, or a folder written by save_to_disk."}
+        default=None,
+        metadata={"help": "Data set on the Hub, a folder written by save_to_disk, or a Parquet file."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub data set."})
     image_column: str | None = field(
@@ -80,17 +92,72 @@ class ScriptArguments:
     )
     label_column: str | None = field(default=None, metadata={"help": "Column of the masks. Default: the usual names."})
     id2label: str | None = field(default=None, metadata={"help": "JSON file of the class names."})
+    palette: str | None = field(
+        default=None, metadata={"help": "File of class names and colours, for masks that hold colours."}
+    )
     void_labels: list[int] = field(
         default_factory=list, metadata={"help": "Mask values that mean no label; 255 does."}
     )
     validation_share: float = field(
         default=0.2, metadata={"help": "Cut off from the training images where there is no validation split."}
     )
-    validation_seed: int = field(default=0, metadata={"help": "Seed of that cut."})
-    train_fraction: float = field(default=1.0, metadata={"help": "Share of the training images to use."})
+    validation_seed: int = field(default=0, metadata={"help": "Seed of that cut, and of the folds."})
+    num_folds: int | None = field(
+        default=None, metadata={"help": "Cross-validation: cut all images into so many folds, --fold is scored."}
+    )
+    fold: int = field(default=0, metadata={"help": "The fold to score, from 0."})
+    skip_bad_samples: bool = field(
+        default=False, metadata={"help": "Leave out images with something wrong, and list them."}
+    )
+    split_method: str = field(
+        default="random",
+        metadata={"help": "How they are drawn: `random`, or `balanced` for rare classes early.", "choices": METHODS},
+    )
     split_seed: int = field(default=0, metadata={"help": "Seed of that share: another seed, another draw."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that check (and with --cache_images resize) the images."}
+    )
+
+
+def read_data(args: DataArguments, skip_bad_samples: bool) -> SegmentationData:
+    """Load and check the data set that the flags name."""
+    with PartialState().local_main_process_first():  # the others find what it has checked in the cache
+        return load_segmentation_dataset(
+            args.dataset_name,
+            dataset_dir=args.dataset_dir,
+            dataset_config=args.dataset_config,
+            image_column=args.image_column,
+            label_column=args.label_column,
+            id2label=args.id2label,
+            palette=args.palette,
+            void_labels=args.void_labels,
+            validation_share=args.validation_share,
+            validation_seed=args.validation_seed,
+            num_folds=args.num_folds,
+            fold=args.fold,
+            skip_bad_samples=skip_bad_samples,
+            num_proc=args.preprocessing_num_workers,
+        )
+
+
+@dataclass
+class ScriptArguments(DataArguments):
+    """What to train, and on which images."""
+
+    recipe: str | None = field(default=None, metadata={"help": "YAML or JSON file with any of these flags."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to start from. Default: a small SegFormer from scratch."}
+    )
+    output_stride: int | None = field(
+        default=None, metadata={"help": "8 or 16 for DeepLab-style networks like MobileNetV2. Default: the model's."}
+    )
+    train_fraction: float | None = field(
+        default=None, metadata={"help": "Share of the training images to use. Default: all of them."}
+    )
+    train_count: int | None = field(default=None, metadata={"help": "Number of training images to use instead."})
     train_manifest: str | None = field(
-        default=None, metadata={"help": f"{MANIFEST} of another run: train on exactly its images."}
+        default=None,
+        metadata={"help": f"{MANIFEST} of another run, or a published list of images: train on exactly these."},
     )
     image_size: list[int] | None = field(
         default=None, metadata={"help": "H W: images are resized to it; masks keep their size for scoring."}
@@ -103,8 +170,21 @@ class ScriptArguments:
         metadata={"help": "LOW HIGH: training images are resized by a random factor."},
     )
     color_jitter: float = field(default=0.3, metadata={"help": "Random brightness, contrast, saturation; 0 for none."})
+    rare_crop: float = field(
+        default=0.0, metadata={"help": "Probability that a crop is laid around a pixel of a rare class."}
+    )
+    copy_paste: float = field(
+        default=0.0, metadata={"help": "Probability that rare classes of a second image are pasted over a crop."}
+    )
+    cache_images: bool = field(
+        default=False, metadata={"help": "Keep the training images at --image_size on disk, uncompressed."}
+    )
     num_threads: int | None = field(
         default=None, metadata={"help": "CPU threads of a process. Default: all cores, shared between processes."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the data as it comes, for sets that do not fit on disk. Needs --max_steps."},
     )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better result."}
@@ -121,8 +201,23 @@ class ScriptArguments:
                 raise InputError(f"{name} must be two positive numbers, height and width, got {size}")
         if len(self.scale_range) != 2 or not 0 < self.scale_range[0] <= self.scale_range[1]:
             raise InputError(f"scale_range must be two positive numbers, low and high, got {self.scale_range}")
-        if not 0 <= self.color_jitter <= 1:
-            raise InputError(f"color_jitter must lie in [0, 1], got {self.color_jitter}")
+        for name in ("color_jitter", "rare_crop", "copy_paste"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        chosen = [n for n in ("train_fraction", "train_count", "train_manifest") if getattr(self, n) is not None]
+        if len(chosen) > 1:
+            raise InputError(f"give one of {' and '.join(chosen)}, not both")
+        if self.streaming:
+            for name in ("train_fraction", "train_count", "num_folds"):
+                if getattr(self, name) is not None:
+                    raise InputError(
+                        f"{name} needs the list of all images, which a stream has not: give train_manifest"
+                    )
+            for name in ("rare_crop", "copy_paste", "cache_images"):
+                if getattr(self, name):
+                    raise InputError(f"{name} needs images that were looked at before: not with streaming")
+            if self.image_size is None and self.crop_size is None:
+                raise InputError("streaming needs a crop_size: the size of the images is not known beforehand")
         if self.eval_only and self.model_name_or_path is None:
             raise InputError("eval_only scores a checkpoint: give it by model_name_or_path")
 
@@ -140,10 +235,10 @@ def main(argv: list[str] | None = None) -> None:
         set_threads(args.num_threads)
         choose_output_dir(args, config)
         data, manifest = load_data(args)
-        trainer = build_trainer(args, config, data)
+        trainer = build_trainer(args, config, data, manifest)
         if not args.eval_only:
             trainer.rehearse()
-            claim_output_dir(args, config, manifest)
+            claim_output_dir(args, config, data, manifest)
             train(trainer)
     except InputError as error:
         fail(error)
@@ -213,7 +308,8 @@ def choose_output_dir(args: ScriptArguments, config: PALSConfig) -> None:
         config.resume_from_checkpoint = str(checkpoint)
         config.output_dir = config.output_dir or str(checkpoint.parent)
     if not config.output_dir:
-        what = "eval" if args.eval_only else f"{config.loss}-{args.train_fraction:g}-seed{config.seed}"
+        share = args.train_count or f"{args.train_fraction or 1:g}"
+        what = "eval" if args.eval_only else f"{config.loss}-{share}-seed{config.seed}"
         name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{what}-{uuid.uuid4().hex[:4]}"
         config.output_dir = broadcast_object_list([name])[0]
     folder = Path(config.output_dir)
@@ -244,62 +340,127 @@ def files_of_a_run(folder: Path) -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
-def load_data(args: ScriptArguments) -> tuple[SegmentationData, FractionManifest]:
+def load_data(args: ScriptArguments) -> tuple[SegmentationData | SegmentationStream, FractionManifest | None]:
     """The data set with its training split cut down to the fraction, and the record of that."""
     if not is_main_process():
         datasets.disable_progress_bars()
-    data = load_segmentation_dataset(
+    if args.streaming:
+        return open_stream(args), None if args.train_manifest is None else FractionManifest.load(args.train_manifest)
+    data = read_data(args, args.skip_bad_samples)
+    if is_main_process():
+        for name, problem in data.skipped.items():
+            print(f"skipped {name}: {problem}", file=sys.stderr)
+    record = {"name": data.name, "id2label": data.id2label}
+    if args.train_manifest is not None:
+        manifest = FractionManifest.load(args.train_manifest, data.train, **record)
+    else:
+        share = 1.0 if args.train_fraction is None and args.train_count is None else args.train_fraction
+        manifest = FractionManifest.draw(
+            data.train, share, args.split_seed, count=args.train_count, method=args.split_method, **record
+        )
+    return replace(data, train=manifest.select(data.train)), manifest
+
+
+def open_stream(args: DataArguments) -> SegmentationStream:
+    return stream_segmentation_dataset(
         args.dataset_name,
         dataset_dir=args.dataset_dir,
         dataset_config=args.dataset_config,
         image_column=args.image_column,
         label_column=args.label_column,
         id2label=args.id2label,
+        palette=args.palette,
         void_labels=args.void_labels,
-        validation_share=args.validation_share,
-        validation_seed=args.validation_seed,
     )
-    if args.train_manifest is not None:
-        manifest = FractionManifest.load(args.train_manifest)
-    else:
-        manifest = FractionManifest.draw(data.train, args.train_fraction, args.split_seed)
-    return replace(data, train=manifest.select(data.train)), manifest
 
 
-def build_trainer(args: ScriptArguments, config: PALSConfig, data: SegmentationData) -> PALSTrainer:
+def build_trainer(
+    args: ScriptArguments,
+    config: PALSConfig,
+    data: SegmentationData | SegmentationStream,
+    manifest: FractionManifest | None,
+) -> PALSTrainer:
     set_seed(config.seed)  # a new head is the same for every loss
     if args.eval_only:
         model, processor = load_finished(args, data)
     else:
-        model = build_model(args.model_name_or_path, data.id2label)
+        model = build_model(args.model_name_or_path, data.id2label, args.output_stride)
         processor = build_image_processor(args.model_name_or_path, args.image_size)
     callbacks = []
     if args.early_stopping_patience is not None:
         if not config.load_best_model_at_end:
             raise InputError("early_stopping_patience needs --load_best_model_at_end True")
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-    first = data.train[0]["image"]
-    crop_size = args.crop_size or args.image_size or (first.height, first.width)
+    build = build_streams if args.streaming else build_datasets
+    try:
+        train_dataset, eval_dataset = build(args, config, data, manifest, processor)
+        return PALSTrainer(
+            model,
+            config,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processor,
+            callbacks=callbacks,
+        )
+    except ValueError as error:  # arguments that do not go together, or a service in report_to that is not installed
+        raise InputError(str(error)) from error
+
+
+def build_datasets(
+    args: ScriptArguments, config: PALSConfig, data: SegmentationData, _, processor: BaseImageProcessor
+) -> tuple[TransformedDataset, TransformedDataset]:
+    first, train_images = data.train[0]["image"], data.train
+    if args.cache_images:
+        with PartialState().local_main_process_first():
+            train_images = cache_resized(data.train, processor, args.preprocessing_num_workers)
+    augment = build_augmentation(
+        args,
+        config,
+        processor,
+        args.crop_size or args.image_size or (first.height, first.width),
+        rare_classes=rare_classes([row[:-1] for row in data.train["class_pixels"]]),
+        rare_crop=args.rare_crop,
+        copy_paste=args.copy_paste,
+    )
+    return (
+        TransformedDataset(train_images, augment, seed=config.seed),
+        TransformedDataset(data.validation, EvalTransform(processor)),
+    )
+
+
+def build_streams(
+    args: ScriptArguments,
+    config: PALSConfig,
+    data: SegmentationStream,
+    manifest: FractionManifest | None,
+    processor: BaseImageProcessor,
+) -> tuple[StreamedDataset, StreamedDataset]:
+    augment = build_augmentation(args, config, processor, args.crop_size or args.image_size)
+    ids = None if manifest is None else manifest.ids
+    skip = {"skip_bad_samples": args.skip_bad_samples}
+    return (
+        StreamedDataset(data.train, data.classes, augment, config.seed, shuffle=True, ids=ids, **skip),
+        StreamedDataset(data.validation, data.classes, EvalTransform(processor), **skip),
+    )
+
+
+def build_augmentation(
+    args: ScriptArguments,
+    config: PALSConfig,
+    processor: BaseImageProcessor,
+    crop_size: tuple[int, int],
+    **for_rare_classes: Any,
+) -> TrainTransform:
     is_pals = config.loss == "pals"
-    augment = TrainTransform(
+    return TrainTransform(
         processor,
         crop_size,
         args.scale_range,
         args.color_jitter,
         padding_index=PADDING_INDEX if is_pals and config.distill_void else IGNORE_INDEX,
         weak_view=is_pals and config.teacher_view == "weak",
+        **for_rare_classes,
     )
-    try:
-        return PALSTrainer(
-            model,
-            config,
-            train_dataset=TransformedDataset(data.train, augment, seed=config.seed),
-            eval_dataset=TransformedDataset(data.validation, EvalTransform(processor)),
-            processing_class=processor,
-            callbacks=callbacks,
-        )
-    except ValueError as error:  # arguments that do not go together, or a service in report_to that is not installed
-        raise InputError(str(error)) from error
 
 
 def load_finished(args: ScriptArguments, data: SegmentationData) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -316,7 +477,12 @@ def load_finished(args: ScriptArguments, data: SegmentationData) -> tuple[PreTra
     return model, processor
 
 
-def claim_output_dir(args: ScriptArguments, config: PALSConfig, manifest: FractionManifest) -> None:
+def claim_output_dir(
+    args: ScriptArguments,
+    config: PALSConfig,
+    data: SegmentationData | SegmentationStream,
+    manifest: FractionManifest | None,
+) -> None:
     """Make the folder this run's own. All input has been checked by now."""
     folder = Path(config.output_dir)
     if config.resume_from_checkpoint is not None:
@@ -328,7 +494,10 @@ def claim_output_dir(args: ScriptArguments, config: PALSConfig, manifest: Fracti
             for path in files_of_a_run(folder):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
-        manifest.save(folder / MANIFEST)
+        if manifest is not None:
+            manifest.save(folder / MANIFEST)
+        if not args.streaming and data.skipped:
+            (folder / SKIPPED).write_text(json.dumps(data.skipped, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def train(trainer: PALSTrainer) -> None:
@@ -338,19 +507,18 @@ def train(trainer: PALSTrainer) -> None:
     trainer.save_metrics("train", result.metrics)
 
 
-def report(trainer: PALSTrainer, data: SegmentationData, metrics: dict[str, Any]) -> None:
+def report(trainer: PALSTrainer, data: SegmentationData | SegmentationStream, metrics: dict[str, Any]) -> None:
     """Write the results and show them."""
     trainer.save_metrics("eval", metrics)
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
     model, processor = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
-    examples = data.validation.select(range(min(NUM_PICTURES, len(data.validation))))
-    rows = [(row["image"], row["labels"], predict_mask(model, processor, row["image"])) for row in examples]
-    prediction_sheet(rows, data.id2label, folder / "predictions.png")
+    rows = [(*pair, predict_mask(model, processor, pair[0])) for pair in some_pairs(data)]
+    prediction_sheet(rows, data.id2label, folder / "predictions.png", data.colors)
     if is_matplotlib_available() and trainer.state.log_history:
         training_curves(trainer.state.log_history, folder / "curves.png")
-    print(f"\n{data.name}: {len(data.train)} training images, {len(data.validation)} validation images")
+    print(f"\n{summary_of(data)}")
     print(f"{'class':<20}{'IoU':>8}{'accuracy':>10}")
     for index, name in data.id2label.items():
         iou, accuracy = (metrics[f"eval_per_category_{kind}"][index] for kind in ("iou", "accuracy"))
@@ -358,6 +526,22 @@ def report(trainer: PALSTrainer, data: SegmentationData, metrics: dict[str, Any]
     print(f"{'mean':<20}{metrics['eval_mean_iou']:>8.3f}{metrics['eval_mean_accuracy']:>10.3f}")
     print(f"{'all pixels':<28}{metrics['eval_overall_accuracy']:>10.3f}")
     print(f"\nresults, checkpoint and pictures: {folder}")
+
+
+def some_pairs(data: SegmentationData | SegmentationStream) -> list[tuple[Image, Image]]:
+    """The first validation images and their masks."""
+    if isinstance(data, SegmentationStream):
+        read = (read_pair(row, data.classes) for row in data.validation.take(NUM_PICTURES))
+        return [(image, fromarray(labels)) for image, labels, _ in read]
+    examples = data.validation.select(range(min(NUM_PICTURES, len(data.validation))))
+    return [(row["image"], row["labels"]) for row in examples]
+
+
+def summary_of(data: SegmentationData | SegmentationStream) -> str:
+    if isinstance(data, SegmentationStream):
+        return f"{data.name}, streamed"
+    skipped = f", {len(data.skipped)} left out, see {SKIPPED}" if data.skipped else ""
+    return f"{data.name}: {len(data.train)} training images, {len(data.validation)} validation images{skipped}"
 
 
 if __name__ == "__main__":

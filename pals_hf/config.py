@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .data.balance import WEIGHTINGS
 from .errors import InputError
 from .functional import PADDING_INDEX, PAIRS, POOLINGS, check_affinity
 from .losses import PRESETS
@@ -177,12 +178,30 @@ class PALSConfig(TrainingArguments):
     smoothing: float = field(
         default=0.1, metadata={"help": "`label_smoothing`: mass spread evenly over all classes, 0 to 1."}
     )
+    class_weighting: str = field(
+        default="none",
+        metadata={
+            "help": "Every loss: what a labelled pixel counts, by how frequent its class is in the training images: "
+            "`none`, `inverse`, `median_frequency` or `effective_number`.",
+            "choices": WEIGHTINGS,
+        },
+    )
     ignore_index: int = field(
         default=255,
         metadata={"help": "Label of void pixels: no loss, no metric. What the data package writes is 255."},
     )
     head_lr_multiplier: float = field(
         default=5.0, metadata={"help": "The head learns at this multiple of `learning_rate`; the backbone at 1."}
+    )
+    eval_window: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "H W: evaluate by windows of this size that slide over the image, and average where they overlap. "
+            "Default: the whole image at once, as `pipeline` does."
+        },
+    )
+    eval_overlap: float = field(
+        default=1 / 3, metadata={"help": "Share of a window that the next one covers again, 0 to below 1."}
     )
     freeze_backbone: bool = field(
         default=False, metadata={"help": "Train the head only; the backbone's weights and statistics stay."}
@@ -234,6 +253,7 @@ class PALSConfig(TrainingArguments):
         for name, allowed in (
             ("loss", LOSSES),
             ("beta_schedule", BETA_SCHEDULES),
+            ("class_weighting", WEIGHTINGS),
             ("affinity_source", AFFINITY_SOURCES),
             ("teacher", TEACHERS),
             ("teacher_view", VIEWS),
@@ -250,6 +270,10 @@ class PALSConfig(TrainingArguments):
         for name in ("temperature", "beta_warmup", "head_lr_multiplier", "per_device_train_batch_size"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.eval_window is not None and (len(self.eval_window) != 2 or min(self.eval_window) < 1):
+            raise InputError(f"eval_window must be two positive numbers, height and width, got {self.eval_window}")
+        if not 0.0 <= self.eval_overlap < 1.0:
+            raise InputError(f"eval_overlap must lie in [0, 1), got {self.eval_overlap}")
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise InputError(f"num_train_epochs must be positive without max_steps, got {self.num_train_epochs}")
         if self.distill_void and self.ignore_index == PADDING_INDEX:

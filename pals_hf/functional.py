@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .fused import PADDING_INDEX as PADDING_INDEX  # part of the maths, which lives here for everybody else
-from .fused import FusedSoftLabelCrossEntropy, is_labelled
+from .fused import FusedSoftLabelCrossEntropy, is_labelled, pixel_weights
 
 PAIRS = ("all", "same_class")
 POOLINGS = ("keys", "both")
@@ -326,6 +326,7 @@ def soft_label_cross_entropy(
     return_parts: bool = False,
     *,
     distill_void: bool = False,
+    class_weights: Tensor | None = None,
     fused: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     r"""Cross-entropy between soft labels and logits at the labels' resolution, averaged over labelled pixels.
@@ -344,6 +345,9 @@ def soft_label_cross_entropy(
 
     Each set has its own mean, or a few labelled points would drown in the rest of the image.
 
+    With `class_weights` w the first mean is a weighted one, `sum_u w_{y_u} (...) / sum_u w_{y_u}`, as in
+    `F.cross_entropy(weight=w)`.
+
     Args:
         logits: `(B, C, h, w)`, on the classifier's own grid, any floating dtype, finite.
         labels: `(B, H, W)`, integer classes 0 to C - 1, `ignore_index`, or [`PADDING_INDEX`] for what lies outside
@@ -353,9 +357,11 @@ def soft_label_cross_entropy(
         beta: weight of the aggregated distribution, 0 to 1.
         ignore_index: label of void pixels: they have no part in sum or mean.
         num_items: divide the sum by this instead of by the number of labelled pixels of this batch, for a mean over
-            a larger batch that is computed in parts. With `distill_void` two numbers: |V| and |U|.
+            a larger batch that is computed in parts: what [`count_pixels`] gives, summed. With `distill_void` two
+            numbers: |V| (with class weights the sum of them) and |U|.
         return_parts: also return the sums the loss is mixed from.
         distill_void: see above.
+        class_weights: `(C,)`, what a labelled pixel of each class counts; all 1 without.
         fused: compute loss and gradient tile by tile, so that full-resolution logits exist nowhere. The same to
             float32 rounding; first-order gradients only. False takes torch's own operations over whole maps.
 
@@ -384,7 +390,12 @@ def soft_label_cross_entropy(
     if aggregated is not None and aggregated.shape != logits.shape:
         raise ValueError(f"aggregated {tuple(aggregated.shape)} must have the shape of logits {tuple(logits.shape)}")
 
-    counts = _pixel_counts(labels, ignore_index, distill_void, num_items).to(logits.device).clamp(min=1)
+    if class_weights is not None:
+        if class_weights.shape != logits.shape[1:2]:
+            raise ValueError(f"class_weights must be {logits.shape[1]} numbers, got {tuple(class_weights.shape)}")
+        class_weights = class_weights.to(logits.device, torch.float32)
+    counts = _pixel_counts(labels, ignore_index, distill_void, num_items, class_weights).to(logits.device)
+    counts = torch.where(counts > 0, counts, 1).float()
     one_hot_weight = (1.0 - (0.0 if aggregated is None else beta)) / counts[0]
     soft_weight = beta / counts[0]
     void_weight = beta / counts[1] if distill_void and aggregated is not None else None
@@ -393,7 +404,7 @@ def soft_label_cross_entropy(
     sums = FusedSoftLabelCrossEntropy.apply if fused else _soft_label_sums
     with torch.autocast(logits.device.type, enabled=False):
         loss, one_hot, soft, void = sums(
-            logits, labels, aggregated, one_hot_weight, soft_weight, void_weight, ignore_index
+            logits, labels, aggregated, one_hot_weight, soft_weight, void_weight, ignore_index, class_weights
         )
     if not return_parts:
         return loss
@@ -405,15 +416,30 @@ def soft_label_cross_entropy(
     return loss, parts
 
 
-def count_pixels(labels: Tensor, ignore_index: int = 255, distill_void: bool = False) -> Tensor:
-    """The `num_items` of some labels: the number of labelled pixels, and of those that are distilled. int64 `(2,)`."""
+def count_pixels(
+    labels: Tensor, ignore_index: int = 255, distill_void: bool = False, class_weights: Tensor | None = None
+) -> Tensor:
+    """The `num_items` of some labels: how many pixels are labelled, and how many are distilled. int64 `(2,)`.
+
+    With `class_weights` the first is the sum of the weights of their classes, and both are float64.
+    """
+    labelled = is_labelled(labels, ignore_index)
     void = (labels == ignore_index).sum() if distill_void else labels.new_zeros(())
-    return torch.stack([is_labelled(labels, ignore_index).sum(), void])
+    if class_weights is None:
+        return torch.stack([labelled.sum(), void])
+    per_class = torch.bincount(labels[labelled], minlength=len(class_weights))
+    return torch.stack([per_class.double() @ class_weights.to(labels.device).double(), void.double()])
 
 
-def _pixel_counts(labels: Tensor, ignore_index: int, distill_void: bool, num_items: Tensor | int | None) -> Tensor:
+def _pixel_counts(
+    labels: Tensor,
+    ignore_index: int,
+    distill_void: bool,
+    num_items: Tensor | int | None,
+    class_weights: Tensor | None,
+) -> Tensor:
     if num_items is None:
-        return count_pixels(labels, ignore_index, distill_void)
+        return count_pixels(labels, ignore_index, distill_void, class_weights)
     counts = torch.as_tensor(num_items).flatten()
     if distill_void and counts.numel() != 2:
         raise ValueError(f"num_items must be two numbers with distill_void, labelled and void, got {num_items}")
@@ -428,17 +454,19 @@ def _soft_label_sums(
     soft_weight: Tensor,
     void_weight: Tensor | None,
     ignore_index: int,
+    class_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What [`FusedSoftLabelCrossEntropy`] computes, by torch's own operations and differentiable by autograd."""
     log_p = upsample(logits.float(), labels.shape[1:]).log_softmax(dim=1)
     labelled = is_labelled(labels, ignore_index)
     target = labels.masked_fill(~labelled, 0)
-    one_hot = -log_p.gather(1, target.unsqueeze(1)).squeeze(1).masked_fill(~labelled, 0.0).sum()
+    weight = pixel_weights(target, labelled, class_weights)
+    one_hot = -(log_p.gather(1, target.unsqueeze(1)).squeeze(1) * weight).sum()
     soft = void = torch.zeros_like(one_hot)
     loss = one_hot_weight * one_hot
     if aggregated is not None:
         cross_entropy = -(upsample(aggregated.float(), labels.shape[1:]) * log_p).sum(dim=1)
-        soft = cross_entropy.masked_fill(~labelled, 0.0).sum()
+        soft = (cross_entropy * weight).sum()
         loss = loss + soft_weight * soft
         if void_weight is not None:
             void = cross_entropy.masked_fill(labels != ignore_index, 0.0).sum()

@@ -25,19 +25,24 @@ _TILE = {"cpu": (2**18, 128), "cuda": (2**23, 1024)}
 
 
 class FusedSoftLabelCrossEntropy(torch.autograd.Function):
-    """`apply(logits, labels, aggregated, one_hot_weight, soft_weight, void_weight, ignore_index)`: see `forward`.
+    """`apply(logits, labels, aggregated, one_hot_weight, soft_weight, void_weight, ignore_index, class_weights)`.
+
+    See `forward`.
 
     Only the first result has a gradient, for the logits alone and of first order: it is computed in the forward pass,
     in float32, and `backward` only scales it. [`functional.soft_label_cross_entropy`] is the way to call this.
     """
 
     @staticmethod
-    def forward(ctx, logits, labels, aggregated, one_hot_weight, soft_weight, void_weight, ignore_index):
+    def forward(
+        ctx, logits, labels, aggregated, one_hot_weight, soft_weight, void_weight, ignore_index, class_weights=None
+    ):
         """`(loss, one_hot, soft, void)`: three sums over pixels, and their sum with the given weights.
 
         With `p_u = softmax(up(z)_u)`: `one_hot = sum -log p_u[y_u]` and `soft = sum -sum_c up(q)_uc log p_uc` over
         labelled pixels, `void` the same as `soft` over pixels labelled `ignore_index`; padding is in none.
-        Weights are scalar tensors; `soft` is 0 without `aggregated`, and `void` without `void_weight`.
+        With `class_weights` `(C,)` a labelled pixel counts as much as the weight of its class.
+        Other weights are scalar tensors; `soft` is 0 without `aggregated`, and `void` without `void_weight`.
         """
         z = logits.float()
         q = None if aggregated is None else aggregated.float()
@@ -47,13 +52,14 @@ class FusedSoftLabelCrossEntropy(torch.autograd.Function):
             log_p = tile.up(z).log_softmax(dim=1)
             labelled = is_labelled(tile.labels, ignore_index)
             target = tile.labels.masked_fill(~labelled, 0).unsqueeze(1)
-            one_hot -= log_p.gather(1, target).squeeze(1).masked_fill(~labelled, 0.0).sum()
-            label_share = (labelled * one_hot_weight).unsqueeze(1)
+            weight = pixel_weights(target.squeeze(1), labelled, class_weights)
+            one_hot -= (log_p.gather(1, target).squeeze(1) * weight).sum()
+            label_share = (weight * one_hot_weight).unsqueeze(1)
             if q is not None:
                 up_q = tile.up(q)
                 cross_entropy = -torch.linalg.vecdot(up_q, log_p, dim=1)
-                soft += cross_entropy.masked_fill(~labelled, 0.0).sum()
-                q_share = labelled * soft_weight
+                soft += (cross_entropy * weight).sum()
+                q_share = weight * soft_weight
                 if void_weight is not None:
                     distilled = tile.labels == ignore_index
                     void += cross_entropy.masked_fill(~distilled, 0.0).sum()
@@ -85,12 +91,17 @@ class FusedSoftLabelCrossEntropy(torch.autograd.Function):
     def backward(ctx, loss_gradient, *_):
         (gradient,) = ctx.saved_tensors
         # Scaled before it is rounded: a gradient scaler is there to keep half precision from vanishing.
-        return (gradient * loss_gradient).to(ctx.dtype), None, None, None, None, None, None
+        return (gradient * loss_gradient).to(ctx.dtype), None, None, None, None, None, None, None
 
 
 def is_labelled(labels: Tensor, ignore_index: int = 255) -> Tensor:
     """Which pixels have a label: neither `ignore_index` nor [`PADDING_INDEX`]. Boolean, the shape of `labels`."""
     return (labels != ignore_index) & (labels != PADDING_INDEX)
+
+
+def pixel_weights(target: Tensor, labelled: Tensor, class_weights: Tensor | None) -> Tensor:
+    """What each pixel counts: 0 without a label, else the weight of its class, or 1. `target` is a class anywhere."""
+    return labelled if class_weights is None else class_weights[target] * labelled
 
 
 class _Tile(NamedTuple):

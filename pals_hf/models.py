@@ -255,19 +255,24 @@ def refuse_unsuitable(config: PreTrainedConfig) -> None:
         raise InputError(f"PALS needs at least two classes, the model has num_labels={config.num_labels}")
 
 
-def build_model(name_or_path: str | None, id2label: dict[int, str]) -> PreTrainedModel:
+def build_model(
+    name_or_path: str | None, id2label: dict[int, str], output_stride: int | None = None
+) -> PreTrainedModel:
     """A segmentation network for the given classes, in float32 and without auxiliary heads.
 
     Args:
         name_or_path: a checkpoint on the Hub or in a folder. A head that does not fit the classes is newly made.
             Without one, a small SegFormer (0.7 M parameters) from scratch.
         id2label: class index to name.
+        output_stride: 8, 16 or 32, for networks with a choice (MobileNetV2, MobileViT): 8 and 16 are DeepLab's.
 
     Raises:
-        InputError: the checkpoint cannot be loaded, or is no model for PALS.
+        InputError: the checkpoint cannot be loaded, is no model for PALS, or has no output stride to choose.
     """
     label2id = {name: index for index, name in id2label.items()}
     if name_or_path is None:
+        if output_stride is not None:
+            raise InputError(f"output_stride {output_stride}: SegFormer has none to choose")
         config = SegformerConfig(
             depths=[2, 2, 2, 2],
             hidden_sizes=[16, 32, 64, 128],
@@ -282,6 +287,12 @@ def build_model(name_or_path: str | None, id2label: dict[int, str]) -> PreTraine
         raise InputError(f"cannot load the model {name_or_path!r}: {first_line(error)}") from error
     config.id2label, config.label2id = id2label, label2id
     refuse_unsuitable(config)
+    if output_stride is not None:
+        if not hasattr(config, "output_stride"):
+            raise InputError(f"output_stride {output_stride}: {config.model_type} has none to choose")
+        if output_stride not in (8, 16, 32):
+            raise InputError(f"output_stride must be 8, 16 or 32, got {output_stride}")
+        config.output_stride = output_stride
     if hasattr(config, "use_auxiliary_head"):
         config.use_auxiliary_head = False
     try:

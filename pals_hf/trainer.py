@@ -17,16 +17,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .config import PALSConfig
-from .data import WEAK_VIEW, collate
+from .data import WEAK_VIEW, StreamedDataset, collate
+from .data.balance import class_weights
 from .errors import InputError, first_line
-from .functional import count_pixels, is_labelled, soft_label_cross_entropy, upsample_argmax
-from .losses import CrossEntropyLoss, LabelSmoothingLoss, PALSLoss
+from .functional import is_labelled, soft_label_cross_entropy, upsample_argmax
+from .inference import window_logits
+from .losses import CrossEntropyLoss, LabelSmoothingLoss, PALSLoss, SegmentationLoss
 from .metrics import SegmentationMetrics, confusion_matrix, nan_to_none
 from .models import ClassifierTap, Reading, backbone_of, encoder_features, patch_size_of
 
@@ -36,13 +39,26 @@ AVERAGE_NAME = "average.safetensors"  # the teacher's weights, in a checkpoint
 _CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
-def build_loss(config: PALSConfig) -> nn.Module:
-    """The loss module that `config.loss` names."""
+def build_loss(config: PALSConfig, weights: list[float] | None = None) -> SegmentationLoss:
+    """The loss module that `config.loss` names, with the given weights of the classes."""
     if config.loss == "pals":
-        return PALSLoss(**{name: getattr(config, name) for name in inspect.signature(PALSLoss).parameters})
+        names = inspect.signature(PALSLoss).parameters.keys() - {"class_weights"}
+        return PALSLoss(**{name: getattr(config, name) for name in names}, class_weights=weights)
     if config.loss == "label_smoothing":
-        return LabelSmoothingLoss(config.smoothing, config.ignore_index)
-    return CrossEntropyLoss(config.ignore_index)
+        return LabelSmoothingLoss(config.smoothing, config.ignore_index, weights)
+    return CrossEntropyLoss(config.ignore_index, weights)
+
+
+def weights_of_classes(config: PALSConfig, train_dataset: Any) -> list[float] | None:
+    """The class weights that `config.class_weighting` asks for."""
+    if config.class_weighting == "none":
+        return None
+    images = getattr(train_dataset, "dataset", None)
+    if "class_pixels" not in (getattr(images, "column_names", None) or ()):
+        raise InputError(
+            "class_weighting needs a training set with a column class_pixels, as load_segmentation_dataset gives it"
+        )
+    return class_weights([row[:-1] for row in images["class_pixels"]], config.class_weighting)
 
 
 class PALSTrainer(Trainer):
@@ -96,8 +112,12 @@ class PALSTrainer(Trainer):
                 "One process sees %d GPUs and uses the first; use all of them with `accelerate launch`.", args.n_gpu
             )
             args._n_gpu = 1  # nn.DataParallel copies modules between threads, out of reach of the tap
+        self._class_weights = weights_of_classes(args, kwargs.get("train_dataset"))
+        if any(isinstance(kwargs.get(name), StreamedDataset) for name in ("train_dataset", "eval_dataset")):
+            # Each process reads the stream and decodes its own part; else one would decode for all of them.
+            args.accelerator_config.dispatch_batches = False
         super().__init__(model, args, data_collator=data_collator or collate, **kwargs)
-        self.loss_function = build_loss(args)
+        self.loss_function = build_loss(args, self._class_weights).to(args.device)
         self.metrics = SegmentationMetrics(self.model.config.num_labels, args.ignore_index)
         self.compute_metrics = self._stream_metrics
         self._cross_entropy_sum = 0.0
@@ -213,9 +233,8 @@ class PALSTrainer(Trainer):
         if not self._labels_checked:
             self._check_labels(batch_samples[0]["labels"])
             self._labels_checked = True
-        distill_void = getattr(self.loss_function, "distill_void", False)
-        counts = [count_pixels(batch["labels"], self.args.ignore_index, distill_void) for batch in batch_samples]
-        return self.accelerator.reduce(torch.stack(counts).sum(dim=0).to(device), "sum")
+        counts = torch.stack([self.loss_function.count(batch["labels"].to(device)) for batch in batch_samples])
+        return self.accelerator.reduce(counts.sum(dim=0), "sum")
 
     def _check_labels(self, labels: Tensor) -> None:
         """Once a training, where a wrong convention shows at once; on a GPU it would end in a failed assertion."""
@@ -264,7 +283,8 @@ class PALSTrainer(Trainer):
             InputError: labels outside the classes, or an option the network cannot serve.
         """
         device = next(self.model.parameters()).device
-        batch = {name: value.to(device) for name, value in self.data_collator([self.train_dataset[0]]).items()}
+        batch = self.data_collator([next(iter(self.train_dataset))])
+        batch = {name: value.to(device) for name, value in batch.items()}
         self._check_labels(batch["labels"])
         training = self.model.training
         self.model.eval()
@@ -350,6 +370,13 @@ class PALSTrainer(Trainer):
 
     # ---- Evaluation ----
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The parent's, with a stream completed so that every process scores as many images, each of them once."""
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(chosen, StreamedDataset):
+            chosen.complete_to(self.args.eval_batch_size * self.args.world_size)
+        return super().get_eval_dataloader(eval_dataset)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any):
         self.metrics.reset()
         self._cross_entropy_sum = 0.0
@@ -388,7 +415,10 @@ class PALSTrainer(Trainer):
         """Logits `(C, h, w)` image by image; images of different sizes go through the network one at a time."""
         batches = [pixel_values] if isinstance(pixel_values, Tensor) else [image[None] for image in pixel_values]
         for batch in batches:
-            yield from model(pixel_values=batch).logits
+            if self.args.eval_window is None:
+                yield from model(pixel_values=batch).logits
+            else:
+                yield from window_logits(model, batch, self.args.eval_window, self.args.eval_overlap)
 
     def _stream_metrics(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, Any]:
         self.metrics.add_counts(prediction.predictions)
@@ -406,7 +436,8 @@ class _TrainingCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.loss_function = build_loss(args)  # a search has changed the arguments
+        # A search has changed the arguments.
+        self.trainer.loss_function = build_loss(args, self.trainer._class_weights).to(args.device)
         self.trainer._labels_checked = False
         if self.trainer._average is not None:
             self.trainer._average.to(args.device)
@@ -440,7 +471,11 @@ def whole_loss(
     value = loss(reading.at_output(reading.logits), labels, num_items=num_items, **given)
     if reading.auxiliary_logits is not None:
         auxiliary = soft_label_cross_entropy(
-            reading.auxiliary_logits, labels, ignore_index=loss.ignore_index, num_items=num_items
+            reading.auxiliary_logits,
+            labels,
+            ignore_index=loss.ignore_index,
+            num_items=num_items,
+            class_weights=loss.class_weights,
         )
         loss.parts["auxiliary"] = auxiliary.detach()
         value = value + reading.auxiliary_weight * auxiliary
@@ -473,8 +508,8 @@ def compute_loss_func(loss: nn.Module, model: nn.Module) -> Callable[..., Tensor
         labels = labels.masked_fill(~counted, loss.ignore_index)
         if num_items_in_batch is None:
             return whole_loss(loss, reading, labels)
-        counts = count_pixels(labels, loss.ignore_index, getattr(loss, "distill_void", False))
-        return whole_loss(loss, reading, labels, counts * (num_items_in_batch / counted.sum().clamp(min=1)))
+        share = num_items_in_batch / counted.sum().clamp(min=1)
+        return whole_loss(loss, reading, labels, loss.count(labels) * share)
 
     return compute
 

@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
+import tempfile
 
 # Before anything imports huggingface_hub: tests use no network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("OMP_NUM_THREADS", None)
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="pals-hf-tests-")
 
 import numpy as np
 import pytest
@@ -54,6 +57,12 @@ def tiny_upernet(**overrides):
 
 
 ARCHITECTURES = {"segformer": tiny_segformer, "mobilenet_v2": tiny_mobilenet_v2, "upernet": tiny_upernet}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_datasets():
+    yield
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -244,6 +244,12 @@ class TestPoolLabels:
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 
 
+def class_weight_inputs():
+    labels = torch.randint(0, 4, (2, 17, 23))
+    labels[0, :5] = 255
+    return 3 * torch.randn(2, 4, 5, 6), torch.randn(2, 4, 5, 6).softmax(dim=1), labels
+
+
 class TestSoftLabelCrossEntropy:
     @FUSED
     @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -441,6 +447,38 @@ class TestSoftLabelCrossEntropy:
             for i in range(2)
         ]
         torch.testing.assert_close(sum(parts), whole)
+
+    @pytest.mark.parametrize("fused", [True, False])
+    @pytest.mark.parametrize("beta", [0.0, 0.4])
+    def test_class_weights(self, fused, beta):
+        """Of the label alone as torch weighs them; of the whole soft label, a mean weighted by the label's class."""
+        logits, q, labels = class_weight_inputs()
+        weights = torch.tensor([0.5, 2.0, 0.0, 1.25])
+        logits.requires_grad_()
+        options = {"class_weights": weights, "fused": fused}
+        loss = soft_label_cross_entropy(logits, labels, q if beta else None, beta, **options)
+        up, up_q = upsample(logits, labels.shape[1:]), upsample(q, labels.shape[1:])
+        one_hot = F.cross_entropy(up, labels, weight=weights, ignore_index=255)
+        of_pixel = torch.where(labels == 255, 0.0, weights[labels.where(labels != 255, 0)])
+        soft = (-(up_q * up.log_softmax(dim=1)).sum(dim=1) * of_pixel).sum() / of_pixel.sum()
+        expected = (1 - beta) * one_hot + beta * soft
+        torch.testing.assert_close(loss, expected)
+        gradients = [torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (loss, expected)]
+        torch.testing.assert_close(*gradients)
+        counts = count_pixels(labels, class_weights=weights)
+        assert counts[0].item() == pytest.approx(of_pixel.sum().item())
+        halves = [
+            soft_label_cross_entropy(
+                logits[i : i + 1], labels[i : i + 1], q[i : i + 1], beta, num_items=counts, **options
+            )
+            for i in range(2)
+        ]
+        torch.testing.assert_close(sum(halves), loss)
+
+    def test_class_weights_of_another_number(self):
+        logits, _, labels = class_weight_inputs()
+        with pytest.raises(ValueError, match="class_weights must be 4 numbers"):
+            soft_label_cross_entropy(logits, labels, class_weights=torch.ones(3))
 
     def test_parts_mix_to_the_loss(self):
         loss, parts = soft_label_cross_entropy(

@@ -23,6 +23,7 @@ from transformers import (
 
 from pals_hf import PALSConfig, PALSLoss, PALSTrainer, SegmentationMetrics, load_segmentation_dataset
 from pals_hf.data import EvalTransform, TrainTransform, TransformedDataset, collate
+from pals_hf.data.balance import class_weights
 from pals_hf.errors import InputError
 from pals_hf.functional import PADDING_INDEX, upsample
 from pals_hf.losses import PRESETS, CrossEntropyLoss
@@ -269,6 +270,28 @@ class TestTraining:
         counts = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
         labels = batch["labels"]
         assert counts.tolist() == [(labels >= 0).sum() - (labels == 255).sum(), (labels == 255).sum()]
+
+    def test_class_weights_are_of_the_whole_batch(self, folder, tmp_path):
+        data = load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID]).train
+        examples, norms = TransformedDataset(data, EvalTransform(build_image_processor(None))), []
+        for size in (4, 1):
+            args = config(
+                tmp_path,
+                loss="pals",
+                class_weighting="inverse",
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=4 // size,
+                freeze_batch_norm=True,
+            )
+            torch.manual_seed(0)
+            trainer = PALSTrainer(tiny_segformer(**NO_RANDOMNESS), args, train_dataset=examples)
+            trainer.train()
+            norms += logged(trainer, "grad_norm")
+        assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+        expected = class_weights([row[:-1] for row in data["class_pixels"]], "inverse")
+        assert trainer.loss_function.class_weights.tolist() == pytest.approx(expected)
+        with pytest.raises(InputError, match="class_weighting needs a training set with a column class_pixels"):
+            PALSTrainer(tiny_segformer(), args, train_dataset=Examples())
 
     def test_auxiliary_head_learns_with_its_weight(self, tmp_path):
         model = tiny_upernet(**AUXILIARY, auxiliary_in_channels=16, auxiliary_loss_weight=0.3)

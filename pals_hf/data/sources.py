@@ -1,43 +1,34 @@
-"""Load a segmentation data set - built-in, folder, saved or from the Hub - into one shape, checked before training."""
+"""Load a segmentation data set - built-in, folder, saved, Parquet or from the Hub - into one shape, checked."""
 
 from __future__ import annotations
 
-import io
-import json
+import hashlib
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 from datasets import (
     Dataset,
-    DatasetDict,
     Features,
     Image,
+    IterableDataset,
     Value,
     concatenate_datasets,
     load_dataset,
     load_from_disk,
 )
-from PIL import Image as PILImage
-from PIL import ImageOps
 
 from ..errors import InputError, first_line
 from . import synthetic
-from .fractions import draw_ids
+from .checking import check_split, fingerprint_of_files
+from .classes import Classes, Color
+from .fractions import draw_ids, order_ids
+from .layouts import read_layout, to_columns
 
-if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
-
-IGNORE_INDEX = 255
-MAX_CLASSES = 255  # masks are stored with 8 bits, and 255 is void
-
-_MAX_RAW_VALUE = 2**16 - 1
-_IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _IMAGE_COLUMNS = ("image", "img", "pixel_values")
 _LABEL_COLUMNS = ("labels", "label", "mask", "annotation", "segmentation", "semantic_mask")
-_INDEX_MODES = {"1", "L", "P", "I", "I;16"}  # PIL modes whose values are class indices
+_SHARDS = 64  # of a stream from local files: what workers can share
 _FEATURES = Features({"id": Value("string"), "image": Image(), "labels": Image()})
 
 
@@ -46,16 +37,35 @@ class SegmentationData:
     """A data set ready for training.
 
     Attributes:
-        train, validation: data sets with the columns `id` (unique string), `image` (a picture) and `labels` (a picture
-            of mode L with the size of the image: class indices, 255 where void).
+        train, validation: data sets with the columns `id` (unique string), `image` (a picture), `labels` (a picture
+            of mode L with the size of the image: class indices, 255 where void), `class_pixels` (its pixels of each
+            class, void last), `image_sha256` and `labels_sha256`.
         id2label: class index to name, 0 to C - 1.
         name: what it was loaded from.
+        test: images without masks, to predict: columns `id` and `image`; None where there are none.
+        colors: the data set's own colour of each class, or None.
+        license: its terms, where known.
+        skipped: what was wrong with the images that `skip_bad_samples` left out, by id.
     """
 
     train: Dataset
     validation: Dataset
     id2label: dict[int, str]
     name: str
+    test: Dataset | None = None
+    colors: tuple[Color, ...] | None = None
+    license: str | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a data set is before its masks are looked at. `fingerprints` stand for the contents of its splits."""
+
+    name: str
+    splits: dict[str, Dataset]
+    classes: Classes
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
 
 def load_segmentation_dataset(
@@ -66,48 +76,152 @@ def load_segmentation_dataset(
     image_column: str | None = None,
     label_column: str | None = None,
     id2label: str | Path | dict[int, str] | None = None,
+    palette: str | Path | None = None,
     void_labels: Iterable[int] = (),
     validation_share: float = 0.2,
     validation_seed: int = 0,
+    num_folds: int | None = None,
+    fold: int = 0,
+    skip_bad_samples: bool = False,
+    num_proc: int | None = None,
 ) -> SegmentationData:
     """Load images and masks, map void values to 255 and check every pair.
 
     Without a name or folder: the built-in generated street scenes.
 
     Args:
-        dataset_name: a data set on the Hub, or a folder written by `save_to_disk`.
-        dataset_dir: a folder `train/images/NAME.jpg`, `train/masks/NAME.png`, the same for `val`, and
-            `id2label.json`.
+        dataset_name: a data set on the Hub, a folder written by `save_to_disk`, a Parquet file or a folder of them.
+        dataset_dir: a folder: Cityscapes, Pascal VOC2012, ADE20K or CamVid as downloaded, or images and masks of
+            matching names and `id2label.json`, see [`layouts.read_folder`].
         dataset_config: configuration name of a Hub data set.
-        image_column, label_column: names of the columns in a Hub or saved data set; usual names are found.
-        id2label: class names, `{0: "sky", ...}` or a JSON file of it; by default `id2label.json` of the folder or of
-            the Hub repository.
+        image_column, label_column: names of the columns in a Hub, saved or Parquet data set; usual names are found.
+        id2label: class names, `{0: "sky", ...}` or a JSON file of it; by default those of the known data set, or
+            `id2label.json` of the folder or of the Hub repository.
+        palette: a file of class names and colours, for masks that hold colours; see [`Classes.from_palette`].
+            By default `palette.json` of the folder, if there is one.
         void_labels: raw mask values that mean "no label". They become 255 here, once; 255 itself always does.
         validation_share: share of the training images that is cut off where there is no validation split.
-        validation_seed: seed of that cut.
+        validation_seed: seed of that cut, and of the folds.
+        num_folds: cross-validation: all images with masks but those of a test split are cut into so many folds, of
+            which `fold` is the validation split.
+        fold: 0 to `num_folds - 1`.
+        skip_bad_samples: leave out what is wrong with a warning, instead of an error.
+        num_proc: processes that check.
 
     Raises:
         InputError: something is missing or wrong: the message names file, value and remedy. Nothing is trained on
-            data that was not checked: every image is decoded, every mask has its image's size and known values.
+            data that was not checked: every image is decoded, every mask has its image's size and known values, no
+            validation image is also a training image, and the training images have labels of two classes at least.
     """
-    void_labels = tuple(void_labels)
+    names = (id2label, palette, tuple(void_labels))
+    source = _find_source(dataset_name, dataset_dir, dataset_config, (image_column, label_column), names)
+    test = source.splits.get("test")
+    splits, problems = {}, {}
+    for split in ("train", "validation"):
+        if split in source.splits:
+            splits[split], found = check_split(
+                source.splits[split],
+                source.classes,
+                fingerprint=source.fingerprints.get(split),
+                num_proc=num_proc,
+            )
+            problems |= {f"{split}/{id}": problem for id, problem in found.items()}
+    if not skip_bad_samples:
+        _raise_first(problems)
+    train, validation = splits["train"], splits.get("validation")
+    if num_folds is not None:
+        train, validation = _cut_fold(train, validation, num_folds, fold, validation_seed)
+    elif validation is None:
+        train, validation = _cut_validation(train, validation_share, validation_seed)
+    train, leaked = _without_leaks(train, validation)
+    if not skip_bad_samples:
+        _raise_first(leaked)
+    _check_labels(train, source.classes)
+    if len(validation) == 0:
+        raise InputError("the validation split is empty")
+    return SegmentationData(
+        train,
+        validation,
+        source.classes.id2label,
+        source.name,
+        test=None if test is None else test.select_columns(["id", "image"]),
+        colors=source.classes.colors,
+        license=source.classes.license,
+        skipped=problems | leaked,
+    )
+
+
+@dataclass(frozen=True)
+class SegmentationStream:
+    """A data set that is read as it comes, for [`StreamedDataset`].
+
+    Attributes:
+        train, validation: streams of the columns `id`, and `image` and `labels`, encoded and not looked at yet.
+        classes: what the masks mean.
+        name: where it comes from.
+    """
+
+    train: IterableDataset
+    validation: IterableDataset
+    classes: Classes
+    name: str
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        return self.classes.id2label
+
+    @property
+    def colors(self) -> tuple[Color, ...] | None:
+        return self.classes.colors
+
+
+def stream_segmentation_dataset(
+    dataset_name: str | None = None,
+    *,
+    dataset_dir: str | Path | None = None,
+    dataset_config: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    id2label: str | Path | dict[int, str] | None = None,
+    palette: str | Path | None = None,
+    void_labels: Iterable[int] = (),
+) -> SegmentationStream:
+    """Open a data set that does not fit on the disk, or is too large to look at beforehand.
+
+    Args:
+        dataset_name, ...: as in [`load_segmentation_dataset`].
+
+    Raises:
+        InputError: something is missing; or there is no validation split, which cannot be cut off a stream.
+    """
+    names = (id2label, palette, tuple(void_labels))
+    columns = (image_column, label_column)
+    source = _find_source(dataset_name, dataset_dir, dataset_config, columns, names, streaming=True)
+    if "validation" not in source.splits:
+        raise InputError(f"{source.name} has no validation split, and none can be cut off a stream")
+    streams = {split: _as_stream(source.splits[split]) for split in ("train", "validation")}
+    return SegmentationStream(**streams, classes=source.classes, name=source.name)
+
+
+def _as_stream(split: Dataset | IterableDataset) -> IterableDataset:
+    if not isinstance(split, Dataset):
+        return split
+    return _encoded(split).to_iterable_dataset(num_shards=min(len(split), _SHARDS))
+
+
+# ---- Where it comes from ----
+
+
+def _find_source(dataset_name, dataset_dir, dataset_config, columns, names, streaming: bool = False) -> _Source:
     if dataset_name is not None and dataset_dir is not None:
         raise InputError("give dataset_name or dataset_dir, not both")
     if dataset_dir is not None:
-        splits, names = _read_folder(Path(dataset_dir)), id2label or Path(dataset_dir) / "id2label.json"
-        name = Path(dataset_dir).resolve().name
-    elif dataset_name is not None:
-        splits = _read_columns(_open_splits(dataset_name, dataset_config), image_column, label_column)
-        names, name = id2label or _find_names(dataset_name), dataset_name
-    else:
-        splits, names = _generate(), dict(enumerate(synthetic.CLASSES))
-        name = "built-in street scenes"
-    classes = _parse_names(names)
-    splits = {split: _check(pairs, len(classes), void_labels) for split, pairs in splits.items()}
-    train, validation = splits["train"], splits.get("validation")
-    if validation is None:
-        train, validation = _cut_validation(train, validation_share, validation_seed)
-    return SegmentationData(train, validation, classes, name)
+        return _read_folder(Path(dataset_dir), *names)
+    if dataset_name is not None:
+        return _read_columns(dataset_name, dataset_config, columns, *names, streaming=streaming)
+    id2label, _, void_labels = names
+    classes = Classes.from_names(id2label or dict(enumerate(synthetic.CLASSES)), void_labels)
+    return _Source("built-in street scenes", _generate(), classes)
 
 
 def _generate() -> dict[str, Dataset]:
@@ -118,92 +232,128 @@ def _generate() -> dict[str, Dataset]:
     }
 
 
-def _read_folder(folder: Path) -> dict[str, Dataset]:
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder")
-    if not (folder / "train").is_dir():
-        raise InputError(f"{folder} has no folder train/ with images/ and masks/ in it")
-    splits = {"train": _read_pairs(folder / "train")}
-    if (folder / "val").is_dir():
-        splits["validation"] = _read_pairs(folder / "val")
-    return splits
+def _read_folder(folder: Path, id2label, palette, void_labels: tuple[int, ...]) -> _Source:
+    layout = read_layout(folder)
+    splits, fingerprints = {}, {}
+    for split, records in layout.splits.items():
+        columns = to_columns(records)
+        splits[split] = Dataset.from_dict(columns, features=_FEATURES)
+        if split != "test":
+            fingerprints[split] = fingerprint_of_files([*columns["image"], *columns["labels"]])
+    if palette is None and id2label is None and layout.catalog_name is not None:
+        classes = Classes.known(layout.catalog_name, void_labels)
+    else:
+        classes = _classes(id2label, palette, folder, void_labels)
+    return _Source(layout.name, splits, classes, fingerprints)
 
 
-def _read_pairs(folder: Path) -> Dataset:
-    images, masks = (_list_pictures(folder / kind) for kind in ("images", "masks"))
-    if not images:
-        raise InputError(f"{folder / 'images'} has no images")
-    for stem, path in images.items():
-        if stem not in masks:
-            raise InputError(f"{path} has no mask: {folder / 'masks' / stem}.png is missing")
-    for stem, path in masks.items():
-        if path.suffix.lower() != ".png":
-            raise InputError(f"{path}: masks must be PNG, a lossy format changes their values")
-        if stem not in images:
-            raise InputError(f"{path} has no image in {folder / 'images'}")
-    stems = sorted(images)
-    columns = {
-        "id": stems,
-        "image": [str(images[stem]) for stem in stems],
-        "labels": [str(masks[stem]) for stem in stems],
-    }
-    return Dataset.from_dict(columns, features=_FEATURES)
+def _classes(id2label, palette, folder: Path, void_labels: tuple[int, ...]) -> Classes:
+    """From what was given, else from the files that lie in the folder."""
+    if palette is None and id2label is None and (folder / "palette.json").is_file():
+        palette = folder / "palette.json"
+    if palette is None:
+        return Classes.from_names(id2label or folder / "id2label.json", void_labels)
+    if id2label is not None or void_labels:
+        raise InputError(
+            "a palette file names the classes and the void colour: give it without id2label or void_labels"
+        )
+    return Classes.from_palette(palette)
 
 
-def _list_pictures(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder")
-    pictures: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith("."):
-            if path.stem in pictures:
-                raise InputError(f"{path} and {pictures[path.stem]} share a name: which one is meant?")
-            pictures[path.stem] = path
-    return pictures
-
-
-def _open_splits(dataset_name: str, config: str | None) -> DatasetDict:
-    try:
-        loaded = load_from_disk(dataset_name) if Path(dataset_name).is_dir() else load_dataset(dataset_name, config)
-    except Exception as error:  # datasets raises many types; all of them mean that it cannot be loaded
-        raise InputError(f"cannot load the data set {dataset_name!r}: {first_line(error)}") from error
-    return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
-
-
-def _read_columns(splits: DatasetDict, image_column: str | None, label_column: str | None) -> dict[str, Dataset]:
-    if "train" not in splits:
-        raise InputError(f"the data set has no split 'train', only {sorted(splits)}")
-    image_column = _find_column("image_column", image_column, _IMAGE_COLUMNS, splits["train"].features)
-    label_column = _find_column("label_column", label_column, _LABEL_COLUMNS, splits["train"].features)
-    chosen = {"train": splits["train"]}
-    validation = next((name for name in ("validation", "val") if name in splits), None)
+def _read_columns(
+    name: str, config: str | None, columns: tuple[str | None, str | None], id2label, palette, void_labels, streaming
+) -> _Source:
+    loaded = _open_splits(name, config, streaming)
+    if "train" not in loaded:
+        raise InputError(f"the data set has no split 'train', only {sorted(loaded)}")
+    features = _features_of(loaded["train"])
+    image_column = _find_column("image_column", columns[0], _IMAGE_COLUMNS, features)
+    label_column = _find_column("label_column", columns[1], _LABEL_COLUMNS, features)
+    chosen = {"train": loaded["train"]}
+    validation = next((split for split in ("validation", "val") if split in loaded), None)
     if validation is not None:
-        chosen["validation"] = splits[validation]
+        chosen["validation"] = loaded[validation]
         for option, column in (("image_column", image_column), ("label_column", label_column)):
-            _find_column(option, column, (), splits[validation].features)
-    return {name: _rename(split, name, image_column, label_column) for name, split in chosen.items()}
+            _find_column(option, column, (), _features_of(loaded[validation]))
+    is_folder = Path(name).is_dir()
+    folder = Path(name) if is_folder else Path(name).parent if Path(name).is_file() else None
+    license = loaded["train"].info.license or None
+    if folder is None and id2label is None and palette is None:
+        id2label = _names_on_hub(name)
+    return _Source(
+        name,
+        {split: _rename(dataset, split, image_column, label_column) for split, dataset in chosen.items()},
+        replace(_classes(id2label, palette, folder or Path(), void_labels), license=license),
+        {} if streaming else {s: f"{part._fingerprint} {image_column} {label_column}" for s, part in chosen.items()},
+    )
+
+
+def _open_splits(name: str, config: str | None, streaming: bool) -> dict[str, Dataset | IterableDataset]:
+    path = Path(name)
+    try:
+        if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
+            loaded = load_from_disk(name)
+        elif path.is_file():
+            loaded = load_dataset("parquet", data_files={"train": name}, streaming=streaming)
+        else:
+            loaded = load_dataset(name, config, streaming=streaming)
+    except Exception as error:  # datasets raises many types; all of them mean that it cannot be loaded
+        raise InputError(f"cannot load the data set {name!r}: {first_line(error)}") from error
+    return loaded if isinstance(loaded, dict) else {"train": loaded}
 
 
 def _find_column(option: str, wanted: str | None, usual: tuple[str, ...], features: Features) -> str:
     candidates = (wanted,) if wanted else usual
-    found = [name for name in candidates if isinstance(features.get(name), Image)]
+    found = [name for name in candidates if _holds_pictures(features.get(name))]
     if not found:
         kinds = {name: type(feature).__name__ for name, feature in features.items()}
         raise InputError(f"{option}: no column {' or '.join(map(repr, candidates))} holds images; there are {kinds}")
     return found[0]
 
 
-def _rename(split: Dataset, name: str, image_column: str, label_column: str) -> Dataset:
+def _holds_pictures(feature: object) -> bool:
+    """An `Image`, or what one is in a Parquet file of another writer: encoded bytes, alone or beside a path."""
+    if isinstance(feature, Value):
+        return feature.dtype in ("binary", "large_binary")
+    return isinstance(feature, Image) or (isinstance(feature, dict) and "bytes" in feature)
+
+
+def _encoded(split, image_column: str = "image", label_column: str = "labels"):
+    """The split with pictures as bytes or paths, not decoded."""
+    return split.cast_column(image_column, Image(decode=False)).cast_column(label_column, Image(decode=False))
+
+
+def _features_of(split: Dataset | IterableDataset) -> Features:
+    return split.features if split.features is not None else split._resolve_features().features
+
+
+def _rename(split: Dataset | IterableDataset, name: str, image_column: str, label_column: str):
+    if isinstance(split, IterableDataset):
+        return _rename_stream(split, name, image_column, label_column)
     ids = split["id"] if "id" in split.column_names else [f"{name}-{index:06d}" for index in range(len(split))]
     split = split.select_columns([image_column, label_column])
     split = split.rename_columns({image_column: "image", label_column: "labels"})
+    split = split.cast_column("image", Image()).cast_column("labels", Image())
     return split.add_column("id", [str(identifier) for identifier in ids]).select_columns(list(_FEATURES))
 
 
-def _find_names(dataset_name: str) -> Path:
-    """The class names that travel with a data set: `id2label.json` in its folder or Hub repository."""
-    if Path(dataset_name).is_dir():
-        return Path(dataset_name) / "id2label.json"
+def _rename_stream(split: IterableDataset, name: str, image_column: str, label_column: str) -> IterableDataset:
+    split = _encoded(split, image_column, label_column)
+
+    def rename(row: dict) -> dict:
+        picture = row[image_column]
+        # A place in the stream would be another one in each worker; contents are not.
+        content = picture["bytes"] if picture["bytes"] is not None else picture["path"].encode()
+        identifier = str(row["id"]) if "id" in row else f"{name}-{hashlib.sha256(content).hexdigest()[:16]}"
+        return {"id": identifier, "image": row[image_column], "labels": row[label_column]}
+
+    encoded = Features({"id": Value("string"), "image": Image(decode=False), "labels": Image(decode=False)})
+    surplus = [column for column in _features_of(split) if column not in encoded]
+    return split.map(rename, remove_columns=surplus, features=encoded)
+
+
+def _names_on_hub(dataset_name: str) -> Path:
+    """The class names that travel with a data set on the Hub."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -212,27 +362,27 @@ def _find_names(dataset_name: str) -> Path:
         raise InputError(f"{dataset_name} has no id2label.json: give the class names by id2label") from error
 
 
-def _parse_names(names: str | Path | dict) -> dict[int, str]:
-    """Class names as `{0: name, ...}`, from a mapping, or a JSON file of a mapping or a list."""
-    source = "id2label" if isinstance(names, dict) else str(names)
-    if not isinstance(names, dict):
-        try:
-            names = json.loads(Path(names).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{source} is missing: it names the classes, like {{'0': 'sky', '1': 'road'}}") from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{source} is not readable JSON: {error}") from error
-    if isinstance(names, list):
-        names = dict(enumerate(names))
-    try:
-        classes = {int(key): str(names[key]) for key in names}
-    except (TypeError, ValueError):
-        raise InputError(f"{source} must map class indices to names, like {{'0': 'sky', '1': 'road'}}") from None
-    if sorted(classes) != list(range(len(classes))) or not 2 <= len(classes) <= MAX_CLASSES:
-        raise InputError(
-            f"{source} must number 2 to {MAX_CLASSES} classes from 0 without a gap, got {sorted(classes)}"
-        )
-    return dict(sorted(classes.items()))
+# ---- What is cut off and refused ----
+
+
+def _raise_first(problems: dict[str, str]) -> None:
+    if problems:
+        first, *others = problems.values()
+        more = f" (and {len(others)} more)" if others else ""
+        raise InputError(f"{first}{more}; skip_bad_samples leaves such images out")
+
+
+def _without_leaks(train: Dataset, validation: Dataset) -> tuple[Dataset, dict[str, str]]:
+    """The training images that are not in the validation split too, by their contents, and a word on the others."""
+    scored = dict(zip(validation["image_sha256"], validation["id"], strict=True))
+    leaked = {
+        f"train/{id}": f"training image {id!r} is also validation image {scored[content]!r}: its score would be memory"
+        for id, content in zip(train["id"], train["image_sha256"], strict=True)
+        if content in scored
+    }
+    if leaked:
+        train = train.select([index for index, id in enumerate(train["id"]) if f"train/{id}" not in leaked])
+    return train, leaked
 
 
 def _cut_validation(train: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -241,77 +391,37 @@ def _cut_validation(train: Dataset, share: float, seed: int) -> tuple[Dataset, D
     if len(train) < 2:
         raise InputError("there is no validation split, and one training image is too few to cut one off")
     held_out = set(draw_ids(train["id"], share, seed=f"validation/{seed}"))
-    inside = [identifier in held_out for identifier in train["id"]]
-    if all(inside):
+    if len(held_out) == len(train):
         raise InputError(f"validation_share {share} leaves none of the {len(train)} images for training")
+    return _part(train, held_out)
+
+
+def _cut_fold(train: Dataset, validation: Dataset | None, num_folds: int, fold: int, seed: int):
+    if validation is not None:
+        train = concatenate_datasets([train, validation])
+    if not 2 <= num_folds <= len(train):
+        raise InputError(f"num_folds must lie between 2 and the {len(train)} images, got {num_folds}")
+    if not 0 <= fold < num_folds:
+        raise InputError(f"fold must lie between 0 and {num_folds - 1}, got {fold}")
+    return _part(train, set(order_ids(train["id"], f"folds/{seed}")[fold::num_folds]))
+
+
+def _part(dataset: Dataset, held_out: set[str]) -> tuple[Dataset, Dataset]:
+    """What is not held out, and what is."""
     return tuple(
-        train.select([index for index, held in enumerate(inside) if held is wanted]) for wanted in (False, True)
+        dataset.select([index for index, id in enumerate(dataset["id"]) if (id in held_out) is wanted])
+        for wanted in (False, True)
     )
 
 
-def _lookup_table(num_classes: int, void_labels: tuple[int, ...]) -> np.ndarray:
-    """Raw mask value to class index or 255; -1 for values that must not occur, and in the last place."""
-    table = np.full(_MAX_RAW_VALUE + 2, -1, dtype=np.int16)
-    table[:num_classes] = np.arange(num_classes)
-    for value in (*void_labels, IGNORE_INDEX):
-        if not 0 <= value <= _MAX_RAW_VALUE:
-            raise InputError(f"void_labels: {value} is not a value a mask can have (0..{_MAX_RAW_VALUE})")
-        table[value] = IGNORE_INDEX
-    return table
-
-
-def _check(split: Dataset, num_classes: int, void_labels: tuple[int, ...]) -> Dataset:
-    """Decode every picture once, and store the masks as class indices."""
-    if len(split) == 0:
-        raise InputError("a split of the data set is empty")
-    lookup = _lookup_table(num_classes, void_labels)
-    raw = split.cast_column("image", Image(decode=False)).cast_column("labels", Image(decode=False))
-    labels = raw.map(
-        lambda example: {"labels": _check_pair(example, lookup, num_classes)},
-        features=Features({"labels": Image(decode=False)}),
-        remove_columns=raw.column_names,
-        keep_in_memory=True,  # nothing is written into the user's folder
-        desc="Checking images and masks",
-    )
-    # The images stay where they are: only the masks are stored anew.
-    labels = labels.cast_column("labels", Image())
-    return concatenate_datasets([split.remove_columns("labels"), labels], axis=1).select_columns(list(_FEATURES))
-
-
-def _check_pair(example: dict, lookup: np.ndarray, num_classes: int) -> dict:
-    """The PNG bytes of a mask of class indices, after checking that image and mask fit each other."""
-    image, image_name = _decode(example, "image")
-    mask, mask_name = _decode(example, "labels")
-    if mask.mode not in _INDEX_MODES:
-        raise InputError(f"{mask_name}: a mask must hold one class index per pixel, this one has mode {mask.mode}")
-    if mask.size != image.size:
-        raise InputError(
-            f"{mask_name}: the mask has {_size(mask)} pixels, its image {image_name} {_size(image)}: they must agree"
-        )
-    values = np.asarray(mask)
-    possible = (values >= 0) & (values <= _MAX_RAW_VALUE)
-    known = lookup[np.where(possible, values, -1)]
-    if known.min(initial=0) < 0:
-        unknown = int(values[known < 0].flat[0])
-        raise InputError(
-            f"{mask_name}: value {unknown} is not a class (0..{num_classes - 1}) and not void: "
-            f"give it in void_labels, or name it in id2label"
-        )
-    buffer = io.BytesIO()
-    PILImage.fromarray(known.astype(np.uint8)).save(buffer, format="png", compress_level=1)
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
-def _decode(example: dict, column: str) -> tuple[Picture, str]:
-    encoded = example[column]
-    name = encoded["path"] or f"{column} of {example['id']}"
-    try:
-        picture = PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
-        picture.load()
-    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
-        raise InputError(f"{name} is not a readable image: {error}") from error
-    return ImageOps.exif_transpose(picture), name
-
-
-def _size(picture: Picture) -> str:
-    return f"{picture.width}x{picture.height}"
+def _check_labels(train: Dataset, classes: Classes) -> None:
+    """A network learns nothing from one class."""
+    if len(train) == 0:
+        raise InputError("the training split is empty")
+    pixels: Counter[str] = Counter()
+    for counts in train["class_pixels"]:
+        pixels.update(dict(zip((*classes.names, "void"), counts, strict=True)))
+    present = [name for name in classes.names if pixels[name]]
+    if len(present) < 2:
+        what = f"every labelled pixel is {present[0]!r}" if present else "no pixel is labelled"
+        raise InputError(f"{what} in the {len(train)} training images: is void_labels right?")

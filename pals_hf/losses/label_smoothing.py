@@ -1,11 +1,14 @@
 """Uniform label smoothing: the simplest soft label, and the baseline PALS has to beat."""
 
-from torch import Tensor, nn
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from ..functional import soft_label_cross_entropy
+from .base import SegmentationLoss
 
 
-class LabelSmoothingLoss(nn.Module):
+class LabelSmoothingLoss(SegmentationLoss):
     """Cross-entropy with labels smoothed uniformly, averaged over labelled pixels.
 
     `y~ = (1 - smoothing) onehot(y) + smoothing / C`, the same as `F.cross_entropy(..., label_smoothing=smoothing)`
@@ -13,7 +16,7 @@ class LabelSmoothingLoss(nn.Module):
 
     Args:
         smoothing: mass that is spread evenly over all C classes, 0 to 1.
-        ignore_index: label of void pixels.
+        ignore_index, class_weights: see [`SegmentationLoss`].
 
     References:
         Szegedy et al. Rethinking the Inception Architecture for Computer Vision. CVPR 2016.
@@ -30,13 +33,16 @@ class LabelSmoothingLoss(nn.Module):
         ValueError: `smoothing` is outside [0, 1].
     """
 
-    def __init__(self, smoothing: float = 0.1, ignore_index: int = 255):
-        super().__init__()
+    def __init__(
+        self,
+        smoothing: float = 0.1,
+        ignore_index: int = 255,
+        class_weights: Sequence[float] | Tensor | None = None,
+    ):
+        super().__init__(ignore_index, class_weights)
         if not 0.0 <= smoothing <= 1.0:
             raise ValueError(f"smoothing must lie in [0, 1], got {smoothing}")
         self.smoothing = smoothing
-        self.ignore_index = ignore_index
-        self.parts: dict[str, Tensor] = {}
 
     def forward(
         self,
@@ -47,7 +53,14 @@ class LabelSmoothingLoss(nn.Module):
     ) -> Tensor:
         uniform = logits.new_full((), 1.0 / logits.shape[1]).expand_as(logits)
         loss, parts = soft_label_cross_entropy(
-            logits, labels, uniform, self.smoothing, self.ignore_index, num_items, return_parts=True
+            logits,
+            labels,
+            uniform,
+            self.smoothing,
+            self.ignore_index,
+            num_items,
+            return_parts=True,
+            class_weights=self.class_weights,
         )
         self.parts = {"one_hot": parts["one_hot"], "uniform": parts["aggregated"]}
         return loss

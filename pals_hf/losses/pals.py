@@ -1,9 +1,12 @@
 """Pixel-wise adaptive label smoothing via self-knowledge distillation."""
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..functional import aggregate_probabilities, check_affinity, entropy, soft_label_cross_entropy
+from .base import SegmentationLoss
 
 PRESETS = {
     # Temperature 4 keeps q soft once the network fits its few images. Provisional, see the README. At most
@@ -27,7 +30,7 @@ PRESETS = {
 }
 
 
-class PALSLoss(nn.Module):
+class PALSLoss(SegmentationLoss):
     """Cross-entropy with the network's own predictions, averaged over similar pixels, mixed into the labels.
 
     `p = softmax(z / temperature)`; `q = aggregate_probabilities(f, p, tau)`, without gradient;
@@ -38,7 +41,7 @@ class PALSLoss(nn.Module):
         beta: weight of the aggregated distribution, 0 to 1. With 0 this is cross-entropy.
         tau: temperature of the affinity between pixels, > 0; smaller compares more sharply.
         temperature: softmax temperature of the predictions that are averaged, > 0; larger is softer.
-        ignore_index: label of void pixels: they have no term in the loss.
+        ignore_index, class_weights: see [`SegmentationLoss`]. The weights have no part in q.
         pairs, include_self, void_keys, propagation_steps, propagation_weight, affinity_stride, affinity_pooling,
         max_affinity_cells: which cells are averaged, and how: see [`aggregate_probabilities`]. Exact, over all pairs,
             unless told otherwise; [`PALSConfig`] has a cap of its own.
@@ -84,8 +87,9 @@ class PALSLoss(nn.Module):
         affinity_pooling: str = "both",
         max_affinity_cells: int | None = None,
         distill_void: bool = False,
+        class_weights: Sequence[float] | Tensor | None = None,
     ):
-        super().__init__()
+        super().__init__(ignore_index, class_weights)
         if not 0.0 <= beta <= 1.0:
             raise ValueError(f"beta must lie in [0, 1], got {beta}")
         if not temperature > 0:
@@ -104,9 +108,7 @@ class PALSLoss(nn.Module):
         self.affinity["void_keys"] = void_keys
         self.beta = beta
         self.temperature = temperature
-        self.ignore_index = ignore_index
         self.distill_void = distill_void
-        self.parts: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def aggregate(self, logits: Tensor, features: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
@@ -139,6 +141,7 @@ class PALSLoss(nn.Module):
             num_items,
             return_parts=True,
             distill_void=self.distill_void,
+            class_weights=self.class_weights,
         )
         self.parts = {**parts, "entropy": entropy(aggregated).mean()}
         return loss

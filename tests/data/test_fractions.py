@@ -2,14 +2,20 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pals_hf import train_fraction
-from pals_hf.data import FractionManifest, draw_ids
+from pals_hf import load_segmentation_dataset, train_fraction
+from pals_hf.data import FractionManifest, draw_balanced_ids, draw_ids
 from pals_hf.errors import InputError
 
-MANIFEST = '{"fraction": 1, "seed": 0, "available": 1, "ids": %s}'
+MANIFEST = (
+    '{"dataset": "", "fingerprint": "", "method": "random", "fraction": 1, "seed": 0, "available": 1, "ids": %s, '
+    '"class_pixels": {}}'
+)
 IDS = [f"image-{index:03d}" for index in range(367)]
 
 
@@ -75,14 +81,14 @@ def test_manifest_round_trip(dataset, tmp_path):
     manifest.save(path)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     written = json.loads(path.read_text())
-    assert (written["fraction"], written["seed"], written["available"], len(written["ids"])) == (0.1, 2, 367, 37)
+    assert (written["fraction"], written["seed"], written["available"], len(written["ids"])) == (37 / 367, 2, 367, 37)
     loaded = FractionManifest.load(path)
     assert loaded == manifest
     assert loaded.select(dataset)["id"] == train_fraction(dataset, 0.1, seed=2)["id"]
 
 
 def test_manifest_of_another_data_set(dataset):
-    manifest = FractionManifest(0.1, 0, 2, ["image-001", "elsewhere"])
+    manifest = FractionManifest("", "", "random", 0.1, 0, 2, ["image-001", "elsewhere"], {})
     with pytest.raises(InputError, match=r"1 of 2 images of the manifest are not in the data set, e\.g\. 'elsewhere'"):
         manifest.select(dataset)
 
@@ -96,3 +102,127 @@ def test_unreadable_manifest(tmp_path, content):
         path.write_text(content)
     with pytest.raises(InputError, match=r"manifest\.json is not a readable fraction manifest"):
         FractionManifest.load(path)
+
+
+def test_a_changed_manifest_is_refused(dataset, tmp_path):
+    path = tmp_path / "manifest.json"
+    FractionManifest.draw(dataset, 0.1).save(path)
+    path.write_text(path.read_text().replace(IDS[315], IDS[0]))
+    with pytest.raises(InputError, match="was changed after it was written"):
+        FractionManifest.load(path)
+
+
+@pytest.mark.parametrize(("count", "method"), [(0, "random"), (368, "random"), (-1, "balanced")])
+def test_refuses_a_count_out_of_range(dataset, count, method):
+    dataset = dataset.add_column("class_pixels", [[1, 1, 0]] * len(IDS))
+    with pytest.raises(InputError, match=f"train_count must lie between 1 and the 367 images there are, got {count}"):
+        FractionManifest.draw(dataset, count=count, method=method)
+
+
+def test_by_count(dataset):
+    assert FractionManifest.draw(dataset, count=37).ids == draw_ids(IDS, 0.1)
+    with pytest.raises(InputError, match="either a fraction or a count"):
+        FractionManifest.draw(dataset, 0.1, count=37)
+    with pytest.raises(InputError, match="either a fraction or a count"):
+        FractionManifest.draw(dataset)
+
+
+def test_methods(dataset):
+    with pytest.raises(InputError, match="split_method must be one of"):
+        FractionManifest.draw(dataset, 0.1, method="best")
+    with pytest.raises(InputError, match="needs a column class_pixels"):
+        FractionManifest.draw(dataset, 0.1, method="balanced")
+
+
+class TestBalanced:
+    def test_every_class_as_early_as_possible(self):
+        """Class 2 is in one image, class 1 in three, class 0 in all."""
+        ids = [f"i{n}" for n in range(20)]
+        pixels = [[100, 5 * (n in (3, 7, 11)), n == 13] for n in range(20)]
+        for seed in range(5):
+            drawn = draw_balanced_ids(ids, pixels, count=6, seed=seed)
+            assert drawn[0] == "i13"
+            assert drawn[1] in {"i3", "i7", "i11"}
+            assert {"i3", "i7", "i11"} <= set(drawn)
+
+    def test_an_image_with_several_missing_classes_is_preferred(self):
+        pixels = [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1], [1, 1, 0, 0]]
+        assert draw_balanced_ids("abcd", pixels, count=1) == ["c"]
+
+    def test_manifest(self, folder):
+        data = load_segmentation_dataset(dataset_dir=folder, void_labels=[11])
+        record = {"name": data.name, "id2label": data.id2label}
+        manifest = FractionManifest.draw(data.train, count=3, method="balanced", **record)
+        assert manifest.class_pixels.keys() == {"ground", "wall", "sky", "car", "void"}
+        labels = np.stack(manifest.select(data.train)["labels"])
+        assert list(manifest.class_pixels.values()) == [int((labels == v).sum()) for v in (0, 1, 2, 3, 255)]
+        assert (manifest.dataset, manifest.method, manifest.available) == ("data set", "balanced", 8)
+
+    @given(
+        st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=1, max_size=30),
+        st.integers(0, 5),
+        st.randoms(),
+    )
+    def test_properties(self, pixels, seed, random):
+        ids = [f"image {n}" for n in range(len(pixels))]
+        whole = draw_balanced_ids(ids, pixels, 1.0, seed)
+        assert sorted(whole) == sorted(ids)
+        for count in range(1, len(ids) + 1):
+            assert draw_balanced_ids(ids, pixels, count=count, seed=seed) == whole[:count]  # nested
+        shuffled = list(zip(ids, pixels, strict=True))
+        random.shuffle(shuffled)
+        assert draw_balanced_ids(*zip(*shuffled, strict=True), 1.0, seed) == whole  # of no order
+        occurring = [label for label in range(4) if any(row[label] for row in pixels)]
+        covered = whole[: len(occurring)]  # at most one image a class is needed
+        assert all(any(pixels[ids.index(id)][label] for id in covered) for label in occurring)
+
+
+@given(
+    st.sets(st.text(min_size=1), min_size=1, max_size=40), st.floats(0.01, 1.0), st.floats(0.01, 1.0), st.integers()
+)
+def test_random_draws_are_nested_and_of_the_asked_size(ids, first, second, seed):
+    smaller, larger = (draw_ids(ids, share, seed) for share in sorted((first, second)))
+    assert larger[: len(smaller)] == smaller
+    assert len(larger) == max(1, int(max(first, second) * len(ids) + 0.5))
+
+
+class TestPublishedLists:
+    """Lines as CPS, U2PL and UniMatch publish them."""
+
+    CITY = "aachen/aachen_000000_000019"
+
+    @pytest.mark.parametrize(
+        ("line", "meant"),
+        [
+            ("2007_000032", "2007_000032"),
+            ("JPEGImages/2007_000032.jpg SegmentationClass/2007_000032.png", "2007_000032"),
+            ("JPEGImages/2007_000032.jpg\tSegmentationClassAug/2007_000032.png", "2007_000032"),
+            ("/JPEGImages/2007_000032.jpg", "2007_000032"),
+            (f"leftImg8bit/train/{CITY}_leftImg8bit.png gtFine/train/{CITY}_gtFine_labelTrainIds.png", CITY),
+            (f"train/{CITY}_leftImg8bit.png", CITY),
+            (f"{CITY}_leftImg8bit.png", CITY),
+            (CITY, CITY),
+            ("aachen_000000_000019", CITY),
+            ("my street 1", "my street 1"),
+            ("images/my street 1.jpg", "my street 1"),
+        ],
+    )
+    def test_lines(self, tmp_path, line, meant):
+        known = Dataset.from_dict({"id": ["2007_000032", "2007_000033", self.CITY, "my street 1", "night/7"]})
+        path = tmp_path / "labeled.txt"
+        path.write_text(f"{line}\n\nnight/7\n")
+        manifest = FractionManifest.load(path, known, name="some set")
+        assert manifest.ids == [meant, "night/7"]
+        assert (manifest.method, manifest.seed, manifest.fraction, manifest.dataset) == ("list", None, 0.4, "some set")
+
+    def test_unknown_and_ambiguous_images(self, tmp_path):
+        known = Dataset.from_dict({"id": ["day/7", "night/7"]})
+        path = tmp_path / "labeled.txt"
+        for line, message in (
+            ("dusk", r"line 1: 'dusk' is not in the data set"),
+            ("7", "may be 'day/7' or 'night/7'"),
+            ("", "names no images"),
+        ):
+            path.write_text(line)
+            with pytest.raises(InputError, match=message):
+                FractionManifest.load(path, known)

@@ -1,13 +1,20 @@
 import json
+import os
+import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from conftest import NUM_LABELS, RAW_VOID, write_pair
 from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
 from PIL import Image as PILImage
+from PIL import ImageOps
 
 from pals_hf import load_segmentation_dataset
+from pals_hf.data import EvalTransform, checking
 from pals_hf.errors import InputError
+from pals_hf.models import build_image_processor
 
 
 def load(folder, **options):
@@ -19,6 +26,21 @@ def rewrite_mask(folder, change):
     mask = PILImage.fromarray(change(np.array(PILImage.open(path))))
     mask.save(path)
     return path
+
+
+def grey_png(values, bits):
+    """A grey PNG of few bits, which PIL reads but does not write."""
+    packed = np.zeros((values.shape[0], values.shape[1] * bits // 8), dtype=np.uint8)
+    for place in range(8 // bits):
+        packed |= values[:, place :: 8 // bits] << (8 - bits * (place + 1))
+    lines = b"".join(b"\0" + row.tobytes() for row in packed)
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 class TestFolder:
@@ -37,18 +59,40 @@ class TestFolder:
         assert np.array_equal(labels, np.where(raw == RAW_VOID, 255, raw))
         assert (raw == RAW_VOID).any()
 
-    @pytest.mark.parametrize("mode", ["P", "I;16"])
+    @pytest.mark.parametrize("mode", ["P", "I;16", "P, 4 bits", "L, 4 bits", "L, 2 bits", "1"])
     def test_masks_keep_their_indices_in_every_mode(self, folder, mode):
+        """PIL stretches grey of 2 and 4 bits to 0..255, and shows a bit as True."""
         path = folder / "train" / "masks" / "street 0.png"
         raw = np.array(PILImage.open(path))
+        if mode in ("L, 2 bits", "1"):
+            raw = raw % (4 if mode.startswith("L") else 2)
         expected = np.where(raw == RAW_VOID, 255, raw)
-        if mode == "P":
-            mask = PILImage.fromarray(raw)
+        mask = PILImage.fromarray(raw)
+        if mode.startswith("P"):
             mask.putpalette(list(range(255, -1, -1)) * 3)  # colours say nothing about the index
+            mask.save(path, bits=4 if "4" in mode else 8)
+        elif mode == "I;16":
+            PILImage.fromarray(raw.astype(np.uint16)).save(path)
+        elif mode == "1":
+            PILImage.fromarray(raw.astype(bool)).save(path)
         else:
-            mask = PILImage.fromarray(raw.astype(np.uint16))
-        mask.save(path)
+            path.write_bytes(grey_png(raw, bits=int(mode[3])))
         assert np.array_equal(np.array(load(folder).train[0]["labels"]), expected)
+
+    @pytest.mark.parametrize("mode", ["RGBA", "CMYK", "L", "P", "LA", "1"])
+    def test_images_of_every_mode(self, folder, mode):
+        path = folder / "train" / "images" / "street 0.jpg"
+        picture = PILImage.open(path).convert(mode)
+        picture.save(path, format="jpeg" if mode == "CMYK" else "png")
+        data = load(folder)
+        transform = EvalTransform(build_image_processor(None))
+        assert transform(data.train[0]["image"], data.train[0]["labels"])["pixel_values"].shape == (3, 32, 48)
+
+    def test_an_image_of_16_bits(self, folder):
+        path = folder / "train" / "images" / "street 0.jpg"
+        PILImage.fromarray(np.zeros((32, 48), dtype=np.uint16)).save(path, format="png")
+        with pytest.raises(InputError, match=r"street 0\.jpg: images of more than 8 bits a channel"):
+            load(folder)
 
     def test_an_exif_rotated_image_is_turned(self, folder):
         """The mask is drawn on the picture as it is shown."""
@@ -59,6 +103,29 @@ class TestFolder:
         upright.rotate(90, expand=True).save(path, exif=exif, quality=95)
         assert load(folder).train[0]["image"].size == (48, 32)
 
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("mask_has_a_note", [True, False])
+    def test_a_mask_is_turned_like_its_image(self, folder, orientation, mask_has_a_note):
+        """A mask drawn on the stored pixels: with a note of its own, or as large as the stored image."""
+        if orientation < 5 and not mask_has_a_note:
+            pytest.skip("nothing tells how such a mask was drawn")
+        image_path, mask_path = (
+            folder / "train" / kind / f"street 0.{suffix}" for kind, suffix in (("images", "jpg"), ("masks", "png"))
+        )
+        expected = np.array(load(folder).train[0]["labels"])
+        back = {v: k for k, v in {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}.items()}[orientation]
+        for path in (image_path, mask_path):
+            picture = PILImage.open(path)
+            picture.load()
+            picture.getexif()[0x0112] = back
+            stored, exif = ImageOps.exif_transpose(picture), PILImage.Exif()
+            if path is image_path or mask_has_a_note:
+                exif[0x0112] = orientation
+            stored.save(path, exif=exif, **({"quality": 95} if path is image_path else {}))
+        example = load(folder).train[0]
+        assert example["image"].size == (48, 32)
+        assert np.array_equal(np.array(example["labels"]), expected)
+
     def test_without_validation_one_is_cut_off(self, folder, tmp_path):
         (folder / "val").rename(tmp_path / "gone")
         data = load(folder, validation_share=0.25)
@@ -67,6 +134,47 @@ class TestFolder:
         assert load(folder, validation_share=0.25).validation["id"] == data.validation["id"]
         others = [load(folder, validation_share=0.25, validation_seed=seed).validation["id"] for seed in range(1, 5)]
         assert any(other != data.validation["id"] for other in others)
+
+    def test_folds_cover_all_images_once(self, folder):
+        folds = [load(folder, num_folds=3, fold=fold) for fold in range(3)]
+        scored = [id for data in folds for id in data.validation["id"]]
+        assert len(scored) == len(set(scored)) == 13
+        for data in folds:
+            assert not set(data.train["id"]) & set(data.validation["id"])
+            assert len(data.train) + len(data.validation) == 13
+        other = load(folder, num_folds=3, fold=0, validation_seed=1)
+        assert other.validation["id"] != folds[0].validation["id"]
+        for options in ({"num_folds": 1}, {"num_folds": 14}, {"num_folds": 3, "fold": 3}):
+            with pytest.raises(InputError, match="fold"):
+                load(folder, **options)
+
+    def test_counts_pixels_and_hashes_contents(self, folder):
+        data = load(folder)
+        labels = np.array(data.train[2]["labels"])
+        assert data.train[2]["class_pixels"] == [*(int((labels == label).sum()) for label in range(4)), 48]
+        before = data.train[2]
+        rewrite_mask(folder, lambda mask: np.where(mask == 1, 2, mask))
+        after = load(folder).train
+        assert after[2]["labels_sha256"] == before["labels_sha256"]
+        assert after[0]["labels_sha256"] != data.train[0]["labels_sha256"]
+        assert after["image_sha256"] == data.train["image_sha256"]
+
+    def test_looks_at_the_files_once(self, folder, monkeypatch):
+        expected = load(folder)
+        monkeypatch.setattr(checking, "_look_at", lambda *_: pytest.fail("looked again"))
+        data = load(folder)
+        assert [np.array(m).tobytes() for m in data.train["labels"]] == [
+            np.array(m).tobytes() for m in expected.train["labels"]
+        ]
+        with pytest.raises(pytest.fail.Exception):  # void means something else now
+            load(folder, void_labels=[RAW_VOID, 3])
+        rewrite_mask(folder, lambda mask: mask)
+        with pytest.raises(pytest.fail.Exception):  # a file was written
+            load(folder)
+
+    def test_several_processes_check_the_same(self, folder):
+        with_one, with_two = load(folder), load(folder, void_labels=[RAW_VOID, 77], num_proc=2)
+        assert with_one.train["labels_sha256"] == with_two.train["labels_sha256"]
 
     def test_class_names_as_a_list_or_argument(self, folder):
         (folder / "id2label.json").write_text(json.dumps(["a", "b", "c", "d"]))
@@ -126,7 +234,54 @@ class TestBadFolder:
     def test_truncated_or_empty_image(self, folder, keep):
         path = folder / "val" / "images" / "alley-3.jpg"
         path.write_bytes(path.read_bytes()[:keep])
-        self.expect(folder, path, "not a readable image")
+        self.expect(folder, path, "not a readable image", "truncated" if keep else "the file is empty")
+
+    def test_something_else_than_an_image(self, folder):
+        path = folder / "val" / "images" / "alley-3.jpg"
+        path.write_text("<html>404</html>")
+        self.expect(folder, path, "not a readable image", "format is not known")
+
+    def test_mask_larger_than_its_image(self, folder):
+        path = rewrite_mask(folder, lambda mask: np.pad(mask, ((0, 8), (0, 8))))
+        self.expect(folder, path, "56x40", "48x32")
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+    def test_unreadable_folder(self, folder):
+        (folder / "train" / "images").chmod(0)
+        try:
+            self.expect(folder, folder / "train" / "images", "cannot be read")
+        finally:
+            (folder / "train" / "images").chmod(0o755)
+
+    def test_one_class_only(self, folder):
+        for path in (folder / "train" / "masks").iterdir():
+            PILImage.fromarray(np.full((32, 48), 2, dtype=np.uint8)).save(path)
+        self.expect(folder, "every labelled pixel is 'sky' in the 8 training images", "void_labels")
+
+    def test_nothing_labelled(self, folder):
+        for path in (folder / "train" / "masks").iterdir():
+            PILImage.fromarray(np.full((32, 48), RAW_VOID, dtype=np.uint8)).save(path)
+        self.expect(folder, "no pixel is labelled in the 8 training images")
+
+    def test_a_training_image_in_the_validation_split(self, folder):
+        shutil.copy(folder / "train" / "images" / "street 5.jpg", folder / "val" / "images" / "alley-2.jpg")
+        shutil.copy(folder / "train" / "masks" / "street 5.png", folder / "val" / "masks" / "alley-2.png")
+        self.expect(folder, "training image 'street 5' is also validation image 'alley-2'")
+        data = load(folder, skip_bad_samples=True)
+        assert (len(data.train), len(data.validation)) == (7, 5)
+        assert list(data.skipped) == ["train/street 5"]
+
+    def test_bad_samples_are_left_out_on_request(self, folder):
+        rewrite_mask(folder, lambda mask: np.where(mask == 3, 37, mask).astype(np.uint8))
+        (folder / "val" / "images" / "alley-3.jpg").write_bytes(b"")
+        self.expect(folder, "street 0.png", "value 37", "and 1 more", "skip_bad_samples")
+        data = load(folder, skip_bad_samples=True)
+        assert (len(data.train), len(data.validation)) == (7, 4)
+        assert data.skipped.keys() == {"train/street 0", "validation/alley-3"}
+        assert "value 37" in data.skipped["train/street 0"]
+        assert "street 0" not in data.train["id"]
+        data = load(folder, skip_bad_samples=True)  # from the cache
+        assert data.skipped.keys() == {"train/street 0", "validation/alley-3"}
 
     def test_truncated_mask(self, folder):
         path = folder / "train" / "masks" / "street 3.png"
@@ -154,7 +309,8 @@ class TestBadFolder:
         [
             (None, "missing"),
             ("{", "not readable JSON"),
-            ('{"0": "a", "2": "b"}', "without a gap"),
+            ('{"0": "a", "-2": "b"}', "-2 is not a value a mask can have"),
+            ('{"0": "a", "1": "a"}', "'a' twice"),
             ('{"0": "a"}', "2 to 255 classes"),
             ('{"zero": "a"}', "class indices"),
             ("3", "class indices"),
@@ -197,7 +353,7 @@ class TestColumns:
         data = load_segmentation_dataset(str(saved), image_column="photo", void_labels=[RAW_VOID])
         expected = load(folder)
         assert data.id2label == expected.id2label
-        assert data.train.column_names == ["id", "image", "labels"]
+        assert data.train.column_names[:3] == ["id", "image", "labels"]
         assert data.train["id"][0] == "train-000000"
         for split in ("train", "validation"):
             ours, theirs = getattr(data, split), getattr(expected, split)

@@ -20,7 +20,7 @@ VARIANTS = {
         *(f"PALS, stride {s}" for s in (1, 2, 4)),
     },
     "step": {"Trainer + CE", "PALSTrainer + CE", "PALSTrainer + PALS", "PALSTrainer + PALS, stride 1"},
-    "evaluation": {"evaluate", "PALSTrainer"},
+    "evaluation": {"evaluate", "PALSTrainer", "the network alone"},
 }
 
 

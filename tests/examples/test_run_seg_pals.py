@@ -5,17 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import data_sets
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import RAW_VOID
+from conftest import RAW_VOID, tiny_mobilenet_v2, tiny_segformer
 from launching import launch
 from PIL import Image
 from transformers import AutoModelForSemanticSegmentation, pipeline
 
 from pals_hf import SegmentationMetrics, load_segmentation_dataset
-from pals_hf.data import draw_ids
+from pals_hf.data import FractionManifest, draw_ids
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "run_seg_pals.py"
@@ -139,10 +140,41 @@ class TestFolder:
 
     def test_manifest_of_another_run(self, folder, tmp_path):
         manifest = tmp_path / "published.json"
-        manifest.write_text(json.dumps({"fraction": 0.3, "seed": 9, "available": 8, "ids": ["street 4", "street 1"]}))
+        data = load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID])
+        FractionManifest.draw(data.train, 0.3, seed=9, name="another run").save(manifest)
         output = tmp_path / "run"
         run_seg_pals.main(on_folder(folder, output, "--train_manifest", str(manifest), *SHORT))
         assert read(output / "train_fraction.json") == read(manifest)
+
+    def test_published_list(self, folder, tmp_path):
+        published, output = tmp_path / "labeled.txt", tmp_path / "run"
+        published.write_text("images/street 4.jpg\nimages/street 1.jpg\n")
+        run_seg_pals.main(on_folder(folder, output, "--train_manifest", str(published), *SHORT))
+        manifest = read(output / "train_fraction.json")
+        assert (manifest["method"], manifest["ids"]) == ("list", ["street 4", "street 1"])
+        assert manifest["class_pixels"]["void"] == 2 * 48
+
+    def test_balanced_count_with_help_for_rare_classes(self, folder, tmp_path):
+        output = tmp_path / "run"
+        options = ["--train_count", "3", "--split_method", "balanced", "--class_weighting", "median_frequency"]
+        options += ["--rare_crop", "0.5", "--copy_paste", "0.5", "--image_size", "48", "72", "--crop_size", "32", "32"]
+        options += ["--cache_images", "--eval_window", "32", "32", "--preprocessing_num_workers", "2"]
+        run_seg_pals.main(on_folder(folder, output, *options, *SHORT, "--logging_steps", "1"))
+        manifest = read(output / "train_fraction.json")
+        assert (manifest["method"], len(manifest["ids"])) == ("balanced", 3)
+        assert read(output / "trainer_state.json")["log_history"][0]["loss"] > 0
+
+    def test_folds(self, folder, tmp_path):
+        run_seg_pals.main(on_folder(folder, tmp_path / "run", "--num_folds", "4", "--fold", "1", *SHORT))
+        assert read(tmp_path / "run" / "train_fraction.json")["available"] in (9, 10)
+
+    def test_bad_samples_are_left_out_and_listed(self, folder, tmp_path, capsys):
+        (folder / "train" / "images" / "street 5.jpg").write_bytes(b"")
+        run_seg_pals.main(on_folder(folder, tmp_path / "run", "--skip_bad_samples", *SHORT))
+        printed = capsys.readouterr()
+        assert "skipped train/street 5: " in printed.err
+        assert "7 training images, 5 validation images, 1 left out" in printed.out
+        assert read(tmp_path / "run" / "skipped_samples.json").keys() == {"train/street 5"}
 
     @pytest.mark.parametrize("suffix", ["yaml", "json"])
     def test_recipe_and_command_line(self, folder, tmp_path, suffix):
@@ -170,6 +202,41 @@ class TestFolder:
         (first, *_) = read(tmp_path / "run" / "trainer_state.json")["log_history"]
         assert first["loss_void"] > 0
         assert (tmp_path / "run" / "checkpoint-2" / "average.safetensors").exists()
+
+
+class TestRecipes:
+    """The recipes of the paper's two data sets, cut to one step of tiny networks on fixtures in their layout."""
+
+    @pytest.fixture(scope="class")
+    def checkpoints(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("checkpoints")
+        for name, network in {"segformer": tiny_segformer(), "deeplab": tiny_mobilenet_v2()}.items():
+            network.save_pretrained(folder / name)
+        return folder
+
+    @pytest.mark.parametrize("loss", ["ce", "pals"])
+    @pytest.mark.parametrize("network", ["segformer", "deeplab"])
+    @pytest.mark.parametrize("name", ["cityscapes", "voc2012"])
+    def test_trains_and_scores(self, name, network, loss, checkpoints, tmp_path):
+        getattr(data_sets, name)(tmp_path / "data")
+        recipe = ROOT / "examples" / "recipes" / f"{name}_{network}.yaml"
+        small = ["--crop_size", "32", "32", "--per_device_train_batch_size", "2", "--dataloader_num_workers", "0"]
+        small += ["--max_steps", "1", "--warmup_steps", "0", "--eval_window", "32", "32", "--bf16", "False"]
+        model = ["--model_name_or_path", str(checkpoints / network), "--loss", loss]
+        output = tmp_path / "run"
+        command = ["--recipe", recipe, "--dataset_dir", tmp_path / "data", "--train_fraction", "0.5", *model, *small]
+        run_seg_pals.main([*map(str, command), "--output_dir", str(output), "--disable_tqdm", "True"])
+        classes = {"cityscapes": 19, "voc2012": 21}[name]
+        assert len(read(output / "eval_results.json")["eval_per_category_iou"]) == classes
+        if network == "deeplab":
+            assert read(output / "config.json")["output_stride"] == 8
+
+    @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "recipes").iterdir()), ids=lambda path: path.stem)
+    def test_is_what_it_says(self, path, tmp_path):
+        args, config = run_seg_pals.parse_arguments(["--recipe", str(path), "--bf16", "False"])
+        assert args.crop_size == config.eval_window
+        assert config.lr_scheduler_kwargs["lr_end"] == 0
+        assert f"--recipe examples/recipes/{path.name}" in path.read_text()
 
 
 class TestTwoProcesses:
@@ -201,6 +268,20 @@ class TestTwoProcesses:
         at_the_end_of_training = read(trained / "eval_results.json")
         for name in one.keys() - {"epoch"}:
             assert one[name] == at_the_end_of_training[name]
+
+    def test_a_stream_is_shared_and_scored_like_a_data_set(self, folder, tmp_path):
+        trained, ranks, results = tmp_path / "trained", tmp_path / "ranks", []
+        options = ["--streaming", "--crop_size", "32", "32", *SHORT]
+        launch(SCRIPT, *on_folder(folder, trained, *options), processes=2)
+        score = ["--eval_only", "--model_name_or_path", str(trained), "--disable_tqdm", "True"]
+        for processes, more in ((1, []), (2, options), (1, options)):
+            output = tmp_path / f"{processes} {len(more)}"
+            launch(RECORDER, ranks, *on_folder(folder, output, *score, *more), processes=processes)
+            assert read(ranks / "rank-0.json")["world_size"] == processes
+            results.append(read(output / "eval_results.json"))
+        for name in ("eval_mean_iou", "eval_mean_accuracy", "eval_overall_accuracy", "eval_per_category_iou"):
+            assert results[0][name] == results[1][name] == results[2][name]
+        assert read(trained / "eval_results.json")["eval_mean_iou"] == results[0]["eval_mean_iou"]
 
 
 class TestWrongInput:
@@ -244,6 +325,20 @@ class TestWrongInput:
             (["--early_stopping_patience", "2"], ["load_best_model_at_end"]),
             (["--eval_only"], ["model_name_or_path"]),
             (["--scale_range", "2", "1"], ["scale_range"]),
+            (["--train_fraction", "0.5", "--train_count", "3"], ["train_fraction and train_count"]),
+            (["--train_count", "9"], ["train_count must lie between 1 and the 8 images"]),
+            (["--split_method", "best"], ["--split_method", "best"]),
+            (["--num_folds", "1"], ["num_folds must lie between 2 and the 13 images"]),
+            (["--rare_crop", "2"], ["rare_crop must lie in [0, 1]"]),
+            (["--class_weighting", "best"], ["--class_weighting", "best"]),
+            (["--eval_window", "32"], ["eval_window must be two positive numbers"]),
+            (["--eval_overlap", "1"], ["eval_overlap must lie in [0, 1)"]),
+            (["--cache_images"], ["give an image_size"]),
+            (["--streaming"], ["crop_size"]),
+            (["--streaming", "--train_fraction", "0.5"], ["train_fraction", "train_manifest"]),
+            (["--streaming", "--crop_size", "8", "8", "--class_weighting", "inverse"], ["class_pixels"]),
+            (["--output_stride", "8"], ["SegFormer has none to choose"]),
+            (["--palette", "/no/palette.json"], ["without id2label or void_labels"]),
             (["--lr_scheduler_type", "triangle"], ["triangle"]),
             (["--ignore_index", "-100"], ["ignore_index must be 255"]),
             (["--num_threads", "0"], ["num_threads must be positive"]),

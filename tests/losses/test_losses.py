@@ -57,6 +57,20 @@ class TestEveryLoss:
         torch.testing.assert_close(mixed, value)
         assert not any(part.requires_grad for part in parts.values())
 
+    def test_class_weights(self, loss, batch):
+        """Weights of 1 change nothing; a class of weight 0 has no term."""
+        logits, labels, features = batch
+        even, without = (type(loss)(class_weights=w) for w in ([1.0] * 4, [0.0, 1.0, 1.0, 1.0]))
+        torch.testing.assert_close(even(logits, labels, features), loss(logits, labels, features))
+        void = labels.masked_fill(labels == 0, 255)
+        torch.testing.assert_close(without(logits, labels, features), loss(logits, void, features))
+        assert without.count(labels).tolist() == loss.count(void).tolist()
+
+    @pytest.mark.parametrize("weights", [[-1.0, 1, 1, 1], [float("nan"), 1, 1, 1], [[1.0, 1, 1, 1]]])
+    def test_refuses_class_weights(self, loss, weights):
+        with pytest.raises(ValueError, match="class_weights must be one number of at least 0 a class"):
+            type(loss)(class_weights=weights)
+
     def test_says_its_settings(self, loss):
         assert "ignore_index=255" in repr(loss)
 

@@ -1,0 +1,108 @@
+"""Data sets that are read as they come, because they do not fit on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+from PIL import Image as PILImage
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from ..errors import InputError
+from .checking import read_pair
+from .classes import IGNORE_INDEX, Classes
+from .transforms import seeded
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SHUFFLE_BUFFER = 256  # encoded images
+
+
+class StreamedDataset(IterableDataset):
+    """A stream of images and masks with a transform.
+
+    What it yields are [`PendingExample`]s, which the collator loads. So Accelerate can deal them out to processes, and
+    each process decodes its own alone. Workers of a DataLoader share the shards (files) of the stream. Every pair is
+    checked when it comes.
+
+    Args:
+        stream: columns `id`, `image` and `labels`, the latter two encoded.
+        classes: what the masks mean.
+        transform: called as `transform(image, labels)`, seeded by (seed, epoch, id).
+        seed: seed of the transform and of the order.
+        shuffle: mix the order, anew in every epoch, in a buffer of some hundred images.
+        ids: keep only these.
+        skip_bad_samples: leave out what is wrong instead of raising `InputError`. Every process decodes every image
+            then, because all must agree on the order.
+    """
+
+    def __init__(
+        self,
+        stream: datasets.IterableDataset,
+        classes: Classes,
+        transform: Callable[[Image, Image], dict[str, Tensor]],
+        seed: int = 0,
+        shuffle: bool = False,
+        ids: list[str] | None = None,
+        skip_bad_samples: bool = False,
+    ):
+        self.stream = stream.shuffle(seed, buffer_size=SHUFFLE_BUFFER) if shuffle else stream
+        self.classes, self.transform, self.seed = classes, transform, seed
+        self.ids = None if ids is None else frozenset(ids)
+        self.skip_bad_samples = skip_bad_samples
+        self.multiple_of = 1
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Announce the epoch: another epoch has another order and sees other crops."""
+        self._epoch = epoch
+        self.stream.set_epoch(epoch)
+
+    def complete_to(self, multiple_of: int) -> None:
+        """Have the stream of each worker end with examples without labels, up to a multiple of this.
+
+        Accelerate would repeat images to give every process as many, and in evaluation these would count twice.
+        """
+        self.multiple_of = multiple_of
+
+    def __iter__(self) -> Iterator[PendingExample]:
+        count, pending = 0, None
+        for row in self._wanted():
+            count += 1
+            pending = PendingExample(self, row)
+            yield pending
+        while pending is not None and count % self.multiple_of:
+            count += 1
+            yield PendingExample(self, pending.row, is_filler=True)
+
+    def _wanted(self) -> Iterator[dict[str, Any]]:
+        for row in self.stream:
+            if self.ids is not None and row["id"] not in self.ids:
+                continue
+            if self.skip_bad_samples:
+                try:
+                    read_pair(row, self.classes)
+                except InputError:
+                    continue
+            yield row
+
+    def load(self, row: dict[str, Any], is_filler: bool) -> dict[str, Tensor]:
+        """Decode, check and transform one example."""
+        image, labels, _ = read_pair(row, self.classes)
+        labels = PILImage.fromarray(np.full_like(labels, IGNORE_INDEX) if is_filler else labels)
+        with seeded(self.seed, self._epoch, row["id"]):
+            return self.transform(image, labels)
+
+
+class PendingExample:
+    """An example of a stream that has not been decoded yet."""
+
+    def __init__(self, dataset: StreamedDataset, row: dict[str, Any], is_filler: bool = False):
+        self.dataset, self.row, self.is_filler = dataset, row, is_filler
+
+    def load(self) -> dict[str, Tensor]:
+        return self.dataset.load(self.row, self.is_filler)

@@ -1,0 +1,227 @@
+"""Data sets as people download them, from fixtures in their exact layout."""
+
+import json
+import shutil
+
+import data_sets
+import numpy as np
+import pytest
+from PIL import Image as PILImage
+
+from pals_hf import load_segmentation_dataset
+from pals_hf.errors import InputError
+
+
+def masks_of(split):
+    return [np.array(mask) for mask in split["labels"]]
+
+
+class TestCityscapes:
+    @pytest.fixture
+    def root(self, tmp_path):
+        return data_sets.cityscapes(tmp_path / "cityscapes")
+
+    def test_label_ids_become_the_19_classes(self, root):
+        data = load_segmentation_dataset(dataset_dir=root)
+        assert (len(data.train), len(data.validation), len(data.test)) == (4, 3, 2)
+        assert data.name == "Cityscapes"
+        assert len(data.id2label) == 19
+        assert (data.id2label[0], data.id2label[13], data.id2label[18]) == ("road", "car", "bicycle")
+        assert data.train["id"][0] == "aachen/aachen_000000_000019"
+        raw = np.array(
+            PILImage.open(root / "gtFine" / "train" / "aachen" / "aachen_000000_000019_gtFine_labelIds.png")
+        )
+        expected = np.full_like(raw, 255)
+        for value, index in ((7, 0), (26, 13), (23, 10)):
+            expected[raw == value] = index
+        assert {3, 4} & set(np.unique(raw))
+        assert np.array_equal(masks_of(data.train)[0], expected)
+
+    def test_all_label_ids_have_their_meaning(self, root):
+        """The 34 labelIds of the data set's own table, license plate (-1, stored as 255) included."""
+        train_ids = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+        path = root / "gtFine" / "train" / "aachen" / "aachen_000000_000019_gtFine_labelIds.png"
+        mask = np.zeros(data_sets.SIZE, dtype=np.uint8)
+        mask[0, :34], mask[0, 34] = range(34), 255
+        PILImage.fromarray(mask).save(path)
+        labels = masks_of(load_segmentation_dataset(dataset_dir=root).train)[0][0]
+        for value in range(34):
+            assert labels[value] == (train_ids.index(value) if value in train_ids else 255)
+        assert labels[34] == 255
+
+    def test_the_test_split_has_no_masks(self, root):
+        data = load_segmentation_dataset(dataset_dir=root)
+        assert data.test.column_names == ["id", "image"]
+        assert data.test[0]["image"].size == (48, 32)
+
+    def test_knows_colours_and_terms(self, root):
+        data = load_segmentation_dataset(dataset_dir=root)
+        assert data.colors[0] == (128, 64, 128)
+        assert "cityscapes-dataset.com" in data.license
+
+    def test_missing_mask(self, root):
+        path = root / "gtFine" / "val" / "frankfurt" / "frankfurt_000001_000019_gtFine_labelIds.png"
+        path.unlink()
+        with pytest.raises(InputError, match=f"{path.name} is missing: .*frankfurt_000001_000019_leftImg8bit.png"):
+            load_segmentation_dataset(dataset_dir=root)
+
+    def test_without_train(self, root):
+        shutil.rmtree(root / "leftImg8bit" / "train")
+        with pytest.raises(InputError, match=r"train is missing or empty"):
+            load_segmentation_dataset(dataset_dir=root)
+
+
+class TestVOC2012:
+    def test_reads_lists_and_palette_masks(self, tmp_path):
+        data = load_segmentation_dataset(dataset_dir=data_sets.voc2012(tmp_path))
+        assert data.name == "Pascal VOC2012"
+        assert data.train["id"] == ["2007_000032", "2007_000039", "2007_000063"]
+        assert data.validation["id"] == ["2007_000033", "2007_000042"]
+        assert data.test["id"] == ["2008_000001"]
+        assert (len(data.id2label), data.id2label[15]) == (21, "person")
+        raw = PILImage.open(tmp_path / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2007_000032.png")
+        assert raw.mode == "P"
+        assert np.array_equal(masks_of(data.train)[0], np.array(raw))
+
+    def test_the_augmented_list_is_used_where_present(self, tmp_path):
+        data = load_segmentation_dataset(dataset_dir=data_sets.voc2012(tmp_path, trainaug=True))
+        assert data.name == "Pascal VOC2012 (trainaug)"
+        assert len(data.train) == 5
+        assert data.train["id"][-1] == "2008_000003"
+
+    def test_a_list_must_not_lead_out_of_the_folder(self, tmp_path):
+        data_sets.voc2012(tmp_path)
+        secret = tmp_path / "VOCdevkit" / "secret.jpg"
+        data_sets.scene([0, 1])[0].save(secret)
+        path = tmp_path / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "train.txt"
+        path.write_text("../../secret\n")
+        with pytest.raises(InputError, match=r"train\.txt: '../../secret\.jpg' leads out of .*JPEGImages"):
+            load_segmentation_dataset(dataset_dir=tmp_path)
+
+    def test_a_list_with_an_unknown_image(self, tmp_path):
+        data_sets.voc2012(tmp_path)
+        path = tmp_path / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt"
+        path.write_text("2007_999999\n")
+        with pytest.raises(InputError, match=r"2007_999999\.jpg is missing: .*val\.txt needs it"):
+            load_segmentation_dataset(dataset_dir=tmp_path)
+
+
+def test_ade20k_zero_is_void(tmp_path):
+    data = load_segmentation_dataset(dataset_dir=data_sets.ade20k(tmp_path))
+    assert (data.name, len(data.train), len(data.validation)) == ("ADE20K", 3, 2)
+    assert len(data.id2label) == len(data.colors) == 150
+    assert (data.id2label[0], data.id2label[2], data.id2label[149]) == ("wall", "sky", "flag")
+    raw = np.array(
+        PILImage.open(tmp_path / "ADEChallengeData2016/annotations/training/ADE_train_00000001.png"), dtype=int
+    )
+    assert np.array_equal(masks_of(data.train)[0], np.where(raw == 0, 255, raw - 1))
+    assert (raw == 0).any()
+
+
+def test_camvid_in_segnets_split(tmp_path):
+    data = load_segmentation_dataset(dataset_dir=data_sets.camvid(tmp_path))
+    assert (data.name, len(data.train), len(data.validation), len(data.test)) == ("CamVid", 4, 2, 2)
+    assert (data.id2label[8], data.colors[8]) == ("car", (64, 0, 128))
+    raw = np.array(PILImage.open(tmp_path / "trainannot" / "0001TP_000000.png"))
+    assert np.array_equal(masks_of(data.train)[0], np.where(raw == 11, 255, raw))
+
+
+def test_known_data_sets_take_other_class_names(tmp_path):
+    """Void and names of one's own, for example with two classes of CamVid joined beforehand."""
+    names = {value: f"class {value}" for value in (0, 3, 8)}
+    data = load_segmentation_dataset(dataset_dir=data_sets.camvid(tmp_path), id2label=names, void_labels=[11])
+    assert data.id2label == {0: "class 0", 1: "class 3", 2: "class 8"}
+    assert set(np.unique(masks_of(data.train))) == {0, 1, 2, 255}
+
+
+class TestAnyFolder:
+    def test_colours_nested_folders_and_other_names(self, tmp_path):
+        data = load_segmentation_dataset(dataset_dir=data_sets.color_folder(tmp_path / "mine"))
+        assert (len(data.train), len(data.validation)) == (4, 2)
+        assert data.id2label == {0: "ground", 1: "wall", 2: "sky"}
+        assert data.colors == ((128, 64, 128), (255, 0, 0), (70, 130, 180))
+        assert data.train["id"] == [f"day {i % 2}/straße {i}" for i in (0, 2, 1, 3)]
+        _, mask = data_sets.scene([0, 1, 2, 3], seed=[len("train"), 0])
+        assert np.array_equal(masks_of(data.train)[0], np.where(mask == 3, 255, mask))
+
+    def test_a_colour_that_is_not_in_the_palette(self, tmp_path):
+        root = data_sets.color_folder(tmp_path / "mine")
+        path = root / "labels" / "train" / "day 1" / "straße 3_mask.png"
+        mask = PILImage.open(path)
+        mask.putpixel((5, 7), (1, 2, 3))
+        mask.save(path)
+        with pytest.raises(InputError, match=r"straße 3_mask\.png: colour \(1, 2, 3\) is not in the palette file"):
+            load_segmentation_dataset(dataset_dir=root)
+
+    def test_palette_as_text_lines(self, tmp_path):
+        root = data_sets.color_folder(tmp_path / "mine")
+        (root / "palette.json").unlink()
+        lines = ["# red green blue name", "128 64 128\tground", "255 0 0 wall", "70 130 180 the sky", "0 0 0 Void"]
+        (tmp_path / "label_colors.txt").write_text("\n".join(lines))
+        data = load_segmentation_dataset(dataset_dir=root, palette=tmp_path / "label_colors.txt")
+        assert list(data.id2label.values()) == ["ground", "wall", "the sky"]
+
+    @pytest.mark.parametrize(
+        ("content", "part"),
+        [
+            ('{"a": [0, 0, 0], "b": [0, 0, 0]}', r"the colour \(0, 0, 0\) of 'b' is also that of another class"),
+            ('{"a": [0, 0, 256], "b": [0, 0, 0]}', r"\[0, 0, 256\] is not a colour"),
+            ('{"a": [0, 0, 0], "void": [1, 1, 1]}', "2 to 255 classes, it names 1"),
+            ("[[0, 0, 0], [1, 1, 1]]", "must map class names to colours"),
+            ("{", "not readable JSON"),
+        ],
+    )
+    def test_palette_with_something_wrong(self, tmp_path, content, part):
+        root = data_sets.color_folder(tmp_path / "mine")
+        (root / "palette.json").write_text(content)
+        with pytest.raises(InputError, match=rf"palette\.json.*{part}"):
+            load_segmentation_dataset(dataset_dir=root)
+
+    def test_palette_with_void_labels(self, tmp_path):
+        with pytest.raises(InputError, match="without id2label or void_labels"):
+            load_segmentation_dataset(dataset_dir=data_sets.color_folder(tmp_path / "mine"), void_labels=[3])
+
+    def test_without_splits(self, tmp_path):
+        root = data_sets.color_folder(tmp_path / "mine")
+        for kind in ("images", "labels"):
+            (root / kind / "train").rename(root / "part")
+            shutil.rmtree(root / kind)
+            (root / "part").rename(root / kind)
+        data = load_segmentation_dataset(dataset_dir=root, validation_share=0.25)
+        assert (len(data.train), len(data.validation)) == (3, 1)
+
+    def test_other_images_without_masks_to_predict(self, folder):
+        (folder / "test" / "images").mkdir(parents=True)
+        data_sets.scene([0, 1])[0].save(folder / "test" / "images" / "new.jpg")
+        data = load_segmentation_dataset(dataset_dir=folder, void_labels=[11])
+        assert data.test["id"] == ["new"]
+
+    def test_values_with_gaps_are_numbered(self, folder):
+        (folder / "id2label.json").write_text(json.dumps({"0": "ground", "1": "wall", "3": "car", "200": "ghost"}))
+        data = load_segmentation_dataset(dataset_dir=folder, void_labels=[2, 11])
+        assert data.id2label == {0: "ground", 1: "wall", 2: "car", 3: "ghost"}
+        assert set(np.unique(masks_of(data.train))) == {0, 1, 2, 255}
+
+
+class TestParquet:
+    def test_a_folder_of_parquet_files(self, tmp_path):
+        root = data_sets.parquet(tmp_path / "set")
+        data = load_segmentation_dataset(str(root))
+        assert (len(data.train), len(data.validation)) == (4, 2)
+        assert data.id2label == {0: "ground", 1: "wall", 2: "sky"}
+        assert np.array_equal(masks_of(data.train)[1], data_sets.scene([0, 1, 2, 255], seed=[len("train"), 1])[1])
+
+    def test_one_file_of_another_writer(self, tmp_path):
+        """Encoded bytes in a plain binary column, no word about images in the metadata."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        rows = {"image": [], "label": []}
+        for index in range(5):
+            picture, mask = data_sets.scene([0, 1], seed=index)
+            for column, value in (("image", picture), ("label", PILImage.fromarray(mask.astype(np.uint8)))):
+                value.save(tmp_path / "picture.png")
+                rows[column].append((tmp_path / "picture.png").read_bytes())
+        pq.write_table(pa.table(rows), tmp_path / "mine.parquet")
+        data = load_segmentation_dataset(str(tmp_path / "mine.parquet"), id2label={0: "a", 1: "b"})
+        assert (len(data.train), len(data.validation)) == (4, 1)

@@ -1,0 +1,27 @@
+import pytest
+import torch
+
+from pals_hf.data import TrainTransform, TransformedDataset, load_segmentation_dataset, resizing
+from pals_hf.errors import InputError
+from pals_hf.models import build_image_processor
+
+
+def test_training_sees_the_same_pixels(folder, monkeypatch):
+    data = load_segmentation_dataset(dataset_dir=folder, void_labels=[11]).train
+    processor = build_image_processor(None, (20, 30))
+    cached = resizing.cache_resized(data, processor)
+    assert cached[0]["image"].size == (30, 20)
+    transform = TrainTransform(processor, (16, 16))
+    for plain, fast in zip(TransformedDataset(data, transform), TransformedDataset(cached, transform), strict=True):
+        assert plain.keys() == fast.keys()
+        assert all(torch.equal(plain[name], fast[name]) for name in plain)
+    monkeypatch.setattr(resizing, "_resize_pair", lambda *_, **__: pytest.fail("resized again"))
+    assert resizing.cache_resized(data, processor)["id"] == data["id"]
+    with pytest.raises(pytest.fail.Exception):
+        resizing.cache_resized(data, build_image_processor(None, (24, 30)))
+
+
+def test_needs_a_size(folder):
+    data = load_segmentation_dataset(dataset_dir=folder, void_labels=[11]).train
+    with pytest.raises(InputError, match="give an image_size"):
+        resizing.cache_resized(data, build_image_processor(None))

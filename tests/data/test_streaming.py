@@ -1,0 +1,117 @@
+import data_sets
+import numpy as np
+import pytest
+import torch
+from conftest import RAW_VOID, tiny_segformer
+from torch.utils.data import DataLoader
+
+from pals_hf import PALSConfig, PALSTrainer
+from pals_hf.data import (
+    EvalTransform,
+    StreamedDataset,
+    TrainTransform,
+    TransformedDataset,
+    collate,
+    load_segmentation_dataset,
+    stream_segmentation_dataset,
+)
+from pals_hf.errors import InputError
+from pals_hf.models import build_image_processor
+
+
+@pytest.fixture
+def stream(folder):
+    return stream_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID])
+
+
+def streamed(stream, split="train", transform=None, **options):
+    transform = transform or EvalTransform(build_image_processor(None))
+    return StreamedDataset(getattr(stream, split), stream.classes, transform, **options)
+
+
+def ids_of(dataset):
+    return [pending.row["id"] for pending in dataset]
+
+
+def test_gives_what_a_loaded_data_set_gives(folder, stream):
+    data = load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID])
+    assert stream.id2label == data.id2label
+    loaded = TransformedDataset(data.train, EvalTransform(build_image_processor(None)))
+    for pending, expected in zip(streamed(stream), loaded, strict=True):
+        example = pending.load()
+        assert all(torch.equal(example[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "saved"])
+def test_columns(tmp_path, kind):
+    root = data_sets.parquet(tmp_path / "set")
+    if kind == "file":
+        with pytest.raises(InputError, match=r"parquet has no validation split, and none can be cut off a stream"):
+            stream_segmentation_dataset(str(root / "train-00000-of-00001.parquet"))
+        return
+    if kind == "saved":
+        from datasets import load_dataset
+
+        load_dataset(str(root)).save_to_disk(tmp_path / "saved")
+        (tmp_path / "saved" / "id2label.json").write_text((root / "id2label.json").read_text())
+        root = tmp_path / "saved"
+    stream = stream_segmentation_dataset(str(root))
+    dataset = streamed(stream)
+    ids = ids_of(dataset)
+    assert len(set(ids)) == 4
+    assert ids_of(dataset) == ids
+    expected = data_sets.scene([0, 1, 2, 255], seed=[len("train"), 2])[1]
+    assert np.array_equal(list(dataset)[2].load()["labels"].numpy(), expected)
+
+
+def test_order_and_crops_change_with_the_epoch_and_come_back(stream):
+    transform = TrainTransform(build_image_processor(None), (16, 16))
+    dataset = streamed(stream, transform=transform, shuffle=True, seed=3)
+
+    def epoch(number):
+        dataset.set_epoch(number)
+        return ids_of(dataset), {p.row["id"]: p.load()["pixel_values"] for p in dataset}
+
+    (first, crops), (second, others), (again, same) = epoch(0), epoch(1), epoch(0)
+    assert sorted(first) == sorted(second) == [f"street {index}" for index in range(8)]
+    assert first == again != second
+    assert all(torch.equal(crops[id], same[id]) for id in crops)
+    assert any(not torch.equal(crops[id], others[id]) for id in crops)
+
+
+def test_workers_share_the_stream(stream):
+    dataset = streamed(stream, transform=TrainTransform(build_image_processor(None), (16, 16)))
+    dataset.complete_to(3)
+    batches = list(DataLoader(dataset, batch_size=3, num_workers=2, collate_fn=collate))
+    assert [len(batch["labels"]) for batch in batches] == [3] * 4  # 4 and 2 fillers for each of two workers
+    alone = next(iter(DataLoader(streamed(stream, transform=dataset.transform), batch_size=8, collate_fn=collate)))
+    labels = torch.cat([batch["labels"] for batch in batches])
+    labelled = labels[(labels != 255).any(dim=(1, 2))]
+    assert len(labelled) == 8
+    assert sorted(x.sum().item() for x in labelled) == sorted(x.sum().item() for x in alone["labels"])
+
+
+def test_bad_samples(folder, stream):
+    (folder / "train" / "images" / "street 5.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match=r"street 5\.jpg is not a readable image: the file is empty"):
+        [pending.load() for pending in streamed(stream)]
+    assert ids_of(streamed(stream, skip_bad_samples=True)) == [f"street {i}" for i in range(8) if i != 5]
+
+
+def test_only_the_given_images(stream):
+    assert ids_of(streamed(stream, ids=["street 3", "street 6"])) == ["street 3", "street 6"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_evaluation_scores_each_image_once(folder, stream, tmp_path, batch_size):
+    """Five images of two sizes, in batches that do not divide them."""
+    data = load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID])
+    model, transform = tiny_segformer(), EvalTransform(build_image_processor(None))
+    config = PALSConfig(str(tmp_path), per_device_eval_batch_size=batch_size, use_cpu=True, report_to="none")
+    results = [
+        PALSTrainer(model, config, eval_dataset=dataset).evaluate()
+        for dataset in (TransformedDataset(data.validation, transform), streamed(stream, "validation"))
+    ]
+    for name in ("eval_mean_iou", "eval_overall_accuracy", "eval_per_category_iou"):
+        assert results[0][name] == results[1][name]
+    assert results[0]["eval_loss"] == pytest.approx(results[1]["eval_loss"])
