@@ -35,7 +35,7 @@ from pals_hf.data import TrainTransform, TransformedDataset, collate, synthetic
 from pals_hf.data.resizing import cache_resized
 from pals_hf.models import build_image_processor
 
-COUNT, ENLARGED = 32, 8
+COUNT, ENLARGED = 96, 8
 
 
 def write_scenes(root: Path) -> Path:
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--void_labels", type=int, nargs="*", default=[])
     parser.add_argument("--image_size", type=int, nargs=2)
     parser.add_argument("--crop_size", type=int, nargs=2, default=[512, 512])
-    parser.add_argument("--images", type=int, default=64, help="Images of a pass.")
+    parser.add_argument("--images", type=int, default=96, help="Images of a pass.")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output_dir", default="runs/benchmark_data")
