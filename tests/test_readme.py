@@ -28,7 +28,8 @@ def test_python_blocks(tmp_path, monkeypatch, capsys):
 def data_rows():
     """The flags of the table of data sources."""
     section = README.read_text(encoding="utf-8").split("\n## Data\n")[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
+    table = section[section.index("| data | flags |") :].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
     return [(name, flags.strip("`").split()) for name, flags, _ in rows[1:] if "OWNER" not in flags]
 
 
