@@ -60,6 +60,7 @@ from pals_hf.data.balance import rare_classes
 from pals_hf.data.checking import read_pair
 from pals_hf.data.fractions import METHODS
 from pals_hf.data.resizing import cache_resized
+from pals_hf.data.sources import cut_validation
 from pals_hf.errors import InputError, first_line
 from pals_hf.functional import PADDING_INDEX
 from pals_hf.models import build_image_processor, build_model, predict_mask
@@ -182,6 +183,13 @@ class ScriptArguments(DataArguments):
     num_threads: int | None = field(
         default=None, metadata={"help": "CPU threads of a process. Default: all cores, shared between processes."}
     )
+    tuning_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Hold out this share of the chosen training images and score them instead of the validation "
+            "split, to choose settings without looking at it."
+        },
+    )
     streaming: bool = field(
         default=False,
         metadata={"help": "Read the data as it comes, for sets that do not fit on disk. Needs --max_steps."},
@@ -208,7 +216,7 @@ class ScriptArguments(DataArguments):
         if len(chosen) > 1:
             raise InputError(f"give one of {' and '.join(chosen)}, not both")
         if self.streaming:
-            for name in ("train_fraction", "train_count", "num_folds"):
+            for name in ("train_fraction", "train_count", "num_folds", "tuning_share"):
                 if getattr(self, name) is not None:
                     raise InputError(
                         f"{name} needs the list of all images, which a stream has not: give train_manifest"
@@ -284,10 +292,16 @@ def read_recipe(path: Path, known: set[str]) -> list[str]:
         raise InputError(f"recipe {path} cannot be read: {error}") from error
     if not isinstance(recipe, dict):
         raise InputError(f"recipe {path} must hold flags and their values, like `learning_rate: 2e-4`")
-    argv = []
-    for name, value in recipe.items():
+    for name in recipe:
         if name not in known:
             raise InputError(f"recipe {path}: there is no flag {name}")
+    return to_argv(recipe)
+
+
+def to_argv(flags: dict[str, Any]) -> list[str]:
+    """Flags and their values as a command line."""
+    argv = []
+    for name, value in flags.items():
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         argv += [f"--{name}", *map(str, values)] if value is not None else []
     return argv
@@ -358,7 +372,11 @@ def load_data(args: ScriptArguments) -> tuple[SegmentationData | SegmentationStr
         manifest = FractionManifest.draw(
             data.train, share, args.split_seed, count=args.train_count, method=args.split_method, **record
         )
-    return replace(data, train=manifest.select(data.train)), manifest
+    data = replace(data, train=manifest.select(data.train))
+    if args.tuning_share is not None:
+        train, validation = cut_validation(data.train, args.tuning_share, args.split_seed)
+        data = replace(data, train=train, validation=validation)
+    return data, manifest
 
 
 def open_stream(args: DataArguments) -> SegmentationStream:

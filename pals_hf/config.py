@@ -193,6 +193,12 @@ class PALSConfig(TrainingArguments):
     head_lr_multiplier: float = field(
         default=5.0, metadata={"help": "The head learns at this multiple of `learning_rate`; the backbone at 1."}
     )
+    eval_calibration: bool = field(
+        default=False,
+        metadata={
+            "help": "Evaluation also gives calibration (ECE, classwise ECE, Brier, reliability) and boundary IoU."
+        },
+    )
     eval_window: list[int] | None = field(
         default=None,
         metadata={

@@ -48,7 +48,7 @@ class FusedSoftLabelCrossEntropy(torch.autograd.Function):
         q = None if aggregated is None else aggregated.float()
         gradient = torch.zeros_like(z, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         one_hot, soft, void = z.new_zeros(3)
-        for tile in _tiles(z, labels):
+        for tile in tiles(z, labels):
             log_p = tile.up(z).log_softmax(dim=1)
             labelled = is_labelled(tile.labels, ignore_index)
             target = tile.labels.masked_fill(~labelled, 0).unsqueeze(1)
@@ -124,7 +124,8 @@ class _Tile(NamedTuple):
         maps[(..., *self.part)] += tile if self.columns is None else tile @ self.columns
 
 
-def _tiles(maps: Tensor, labels: Tensor) -> Iterator[_Tile]:
+def tiles(maps: Tensor, labels: Tensor) -> Iterator[_Tile]:
+    """Rectangles of the labels `(B, H, W)`, each with what upsamples maps `(B, C, h, w)` to it."""
     (batch, classes, *grid), size = maps.shape, labels.shape[1:]
     rows, columns = (_interpolation(source, target, maps) for source, target in zip(grid, size, strict=True))
     elements, widest = _TILE.get(maps.device.type, _TILE["cuda"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import os
@@ -23,6 +24,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from .calibration import boundary_counts, boundary_metrics, calibration_metrics, calibration_sums
 from .config import PALSConfig
 from .data import WEAK_VIEW, StreamedDataset, collate
 from .data.balance import class_weights
@@ -292,6 +294,17 @@ class PALSTrainer(Trainer):
             self.compute_loss(self.model, batch)
         self.model.train(training)
 
+    def end(self) -> None:
+        """The parent's, after letting go of what holds the process group.
+
+        `DistributedDataParallel` does, and a Gloo group that outlives the end of its process aborts it now and then,
+        with "terminate called without an active exception" (pytorch issue 190489).
+        """
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        gc.collect()
+        super().end()
+
     # ---- Logging ----
 
     def _record_parts(self, scaled: bool) -> None:
@@ -379,7 +392,7 @@ class PALSTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
         self.metrics.reset()
-        self._cross_entropy_sum = 0.0
+        self._cross_entropy_sum, self._more_sums = 0.0, []
         # Each process has batch statistics of its own since its last step; what is saved, and so what is scored, are
         # those of the main process.
         for buffer in self.model.buffers():
@@ -392,24 +405,31 @@ class PALSTrainer(Trainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[None, Tensor, Tensor]:
+    ) -> tuple[None, Tensor, Tensor | tuple[Tensor, ...]]:
         """Score each image of a batch at its own mask's size.
 
         Returns:
-            None, one int64 count matrix per image `(b, C, C)`, and the summed cross-entropy of each image `(b,)`.
-            These are what is gathered over processes.
+            None, one int64 count matrix per image `(b, C, C)`, and the summed cross-entropy of each image `(b,)`; with
+            `args.eval_calibration` this one with the sums of calibration and boundaries `(b, ...)`. These are what is
+            gathered over processes.
         """
         if "labels" not in inputs:
             raise InputError("evaluation needs labels; for pictures without, use pipeline('image-segmentation')")
         inputs = self._prepare_inputs(inputs)
-        counts, losses = [], []
+        counts, losses, calibration, boundaries = [], [], [], []
         with torch.no_grad():
             for logits, labels in zip(self._logits_of(model, inputs["pixel_values"]), inputs["labels"], strict=True):
                 logits, ignore_index = logits[None].float(), self.args.ignore_index
                 predictions = upsample_argmax(logits, labels.shape)[0]
                 counts.append(confusion_matrix(predictions, labels, self.metrics.num_labels, ignore_index))
                 losses.append(soft_label_cross_entropy(logits, labels[None], ignore_index=ignore_index, num_items=1))
-        return None, torch.stack(counts), torch.stack(losses)
+                if self.args.eval_calibration:
+                    calibration.append(calibration_sums(logits, labels[None], ignore_index))
+                    boundaries.append(boundary_counts(predictions, labels, self.metrics.num_labels, ignore_index))
+        sums = torch.stack(losses)
+        if self.args.eval_calibration:
+            sums = (sums, torch.stack(calibration), torch.stack(boundaries))
+        return None, torch.stack(counts), sums
 
     def _logits_of(self, model: nn.Module, pixel_values: Tensor | list[Tensor]):
         """Logits `(C, h, w)` image by image; images of different sizes go through the network one at a time."""
@@ -422,11 +442,18 @@ class PALSTrainer(Trainer):
 
     def _stream_metrics(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, Any]:
         self.metrics.add_counts(prediction.predictions)
-        self._cross_entropy_sum += prediction.label_ids.cpu().double().sum().item()
+        losses, *more = prediction.label_ids if self.args.eval_calibration else (prediction.label_ids,)
+        self._cross_entropy_sum += losses.cpu().double().sum().item()
+        more = [images.sum(dim=0).cpu() for images in more]
+        self._more_sums = [old + new for old, new in zip(self._more_sums or [0, 0], more, strict=False)]
         if not compute_result:
             return {}
         pixels = int(self.metrics.counts.sum())
-        return {"loss": self._cross_entropy_sum / pixels if pixels else float("nan"), **self.metrics.compute()}
+        results = {"loss": self._cross_entropy_sum / pixels if pixels else float("nan"), **self.metrics.compute()}
+        if self.args.eval_calibration:
+            calibration, boundaries = self._more_sums
+            results |= {**calibration_metrics(calibration), **boundary_metrics(boundaries)}
+        return results
 
 
 class _TrainingCallback(TrainerCallback):

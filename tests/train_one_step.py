@@ -6,6 +6,7 @@ one gradient however it is cut up.
 
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import torch
@@ -51,7 +52,10 @@ def main(folder, loss, batch_size, accumulation):
     record["world_size"] = trainer.accelerator.num_processes
     if trainer.is_world_process_zero():
         (folder / "record.json").write_text(json.dumps(record))
+    group = weakref.ref(torch.distributed.group.WORLD) if torch.distributed.is_initialized() else None
     trainer.end()
+    # What outlives this can abort the process when it ends.
+    assert group is None or group() is None, "something holds the process group"
 
 
 main(Path(sys.argv[1]), *sys.argv[2:])

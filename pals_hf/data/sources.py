@@ -132,7 +132,7 @@ def load_segmentation_dataset(
     if num_folds is not None:
         train, validation = _cut_fold(train, validation, num_folds, fold, validation_seed)
     elif validation is None:
-        train, validation = _cut_validation(train, validation_share, validation_seed)
+        train, validation = cut_validation(train, validation_share, validation_seed)
     train, leaked = _without_leaks(train, validation)
     if not skip_bad_samples:
         _raise_first(leaked)
@@ -385,14 +385,15 @@ def _without_leaks(train: Dataset, validation: Dataset) -> tuple[Dataset, dict[s
     return train, leaked
 
 
-def _cut_validation(train: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+def cut_validation(train: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """What is left for training, and a share of the images to score, drawn by seed."""
     if not 0.0 < share < 1.0:
-        raise InputError(f"validation_share must lie between 0 and 1, got {share}")
+        raise InputError(f"the share to hold out must lie between 0 and 1, got {share}")
     if len(train) < 2:
-        raise InputError("there is no validation split, and one training image is too few to cut one off")
+        raise InputError("one training image is too few to hold some out for validation")
     held_out = set(draw_ids(train["id"], share, seed=f"validation/{seed}"))
     if len(held_out) == len(train):
-        raise InputError(f"validation_share {share} leaves none of the {len(train)} images for training")
+        raise InputError(f"holding out {share} leaves none of the {len(train)} images for training")
     return _part(train, held_out)
 
 

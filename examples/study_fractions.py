@@ -1,0 +1,290 @@
+#!/usr/bin/env python
+"""Compare methods over fractions of a training set, by paired runs, and say what the difference is worth.
+
+    pip install -e ".[study]"
+    python examples/study_fractions.py examples/studies/camvid --run
+
+A study is a folder with a `recipe.yaml` of sweep.py whose axes are `method`, `train_fraction` and `pair`: a pair is a
+draw of the fraction and a seed, the same for all methods. Results are in `results/`, one JSON a run, written as they
+come; `--run` adds those that are missing. Then, without training, from the results alone:
+
+- `table.md`, `table.csv`: the mean of each method, its paired difference to the baseline with a 95 % interval
+  (Student's t) and an exact two-sided p (sign flips of the pairs);
+- `fractions.png`, `classes.png`, `reliability.png`: mIoU against the fraction, gain of each class, calibration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from run_seg_pals import fail
+from scipy import stats
+from sweep import read_cells, read_result, reason_of, run_cells, write_whole
+from tqdm import tqdm
+
+from pals_hf.errors import InputError
+
+AXES = ("method", "train_fraction", "pair")
+MIN_PAIRS = 6  # with fewer no sign test reaches 5 %
+METRICS = {  # name: (key of the results, factor, unit)
+    "mIoU": ("eval_mean_iou", 100, "%"),
+    "mean accuracy": ("eval_mean_accuracy", 100, "%"),
+    "pixel accuracy": ("eval_overall_accuracy", 100, "%"),
+    "boundary IoU": ("eval_mean_boundary_iou", 100, "%"),
+    "ECE": ("eval_ece", 100, "%"),
+    "classwise ECE": ("eval_classwise_ece", 100, "%"),
+    "NLL": ("eval_loss", 1, "nats"),
+    "Brier": ("eval_brier", 1, ""),
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method against the baseline, over pairs of runs."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    pairs: int
+
+    @classmethod
+    def of(cls, method: np.ndarray, baseline: np.ndarray) -> Difference:
+        """`method` and `baseline` are values of the same pairs in the same order; NaN interval for a single pair."""
+        differences = method - baseline
+        if len(differences) < 2:
+            return cls(float(differences.mean()), np.nan, np.nan, np.nan, len(differences))
+        interval = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+        flips = stats.permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf)
+        return cls(
+            float(differences.mean()), float(interval.low), float(interval.high), float(flips.pvalue), len(differences)
+        )
+
+    def __str__(self) -> str:
+        if np.isnan(self.low):
+            return f"{self.mean:+.2f}"
+        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+class Results:
+    """All results of a study: `results[method, fraction]` is `{pair: result}`."""
+
+    def __init__(self, folder: Path):
+        self.cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+        cells = read_cells(folder / "recipe.yaml")
+        for cell in cells:
+            if set(cell.place) != set(AXES):
+                raise InputError(
+                    f"{folder / 'recipe.yaml'}: the axes of a study are {', '.join(AXES)}, got {cell.name}"
+                )
+            result = read_result(folder, cell)
+            if result is not None:
+                key = cell.place["method"], cell.place["train_fraction"]
+                self.cells.setdefault(key, {})[cell.place["pair"]] = result
+        self.methods = list(dict.fromkeys(cell.place["method"] for cell in cells))
+        self.fractions = list(dict.fromkeys(cell.place["train_fraction"] for cell in cells))
+        self.missing = len(cells) - sum(map(len, self.cells.values()))
+
+    def values(self, method: str, fraction: str, read: Callable[[dict], float]) -> dict[str, float]:
+        """A figure of each pair of runs that has it."""
+        results = self.cells.get((method, fraction), {})
+        found = {pair: read(result["metrics"]) for pair, result in results.items()}
+        return {pair: np.nan if value is None else value for pair, value in found.items() if not np.isnan(value or 0)}
+
+    def compare(self, method: str, baseline: str, fraction: str, read: Callable[[dict], float]) -> Difference | None:
+        ours, theirs = (self.values(name, fraction, read) for name in (method, baseline))
+        both = [pair for pair in ours if pair in theirs]
+        if not both:
+            return None
+        return Difference.of(np.array([ours[pair] for pair in both]), np.array([theirs[pair] for pair in both]))
+
+
+def reader(key: str, factor: float) -> Callable[[dict], float]:
+    return lambda metrics: np.nan if metrics.get(key) is None else factor * metrics[key]
+
+
+def table_rows(results: Results, baseline: str) -> list[dict[str, Any]]:
+    rows = []
+    for fraction in results.fractions:
+        for method in results.methods:
+            for name, (key, factor, unit) in METRICS.items():
+                values = list(results.values(method, fraction, reader(key, factor)).values())
+                if not values:
+                    continue
+                row = {"fraction": fraction, "method": method, "metric": name, "unit": unit, "runs": len(values)}
+                row |= {
+                    "mean": float(np.mean(values)),
+                    "deviation": float(np.std(values, ddof=1)) if values[1:] else None,
+                }
+                difference = results.compare(method, baseline, fraction, reader(key, factor))
+                if method != baseline and difference is not None:
+                    row |= {"difference": difference.mean, "low": difference.low, "high": difference.high}
+                    row |= {"p": difference.p, "pairs": difference.pairs}
+                rows.append(row)
+    return rows
+
+
+def markdown(results: Results, rows: list[dict[str, Any]], baseline: str) -> str:
+    lines = []
+    for fraction in results.fractions:
+        lines += [f"### {float(fraction):.0%} of the training images", ""]
+        head = f"| method | runs | mIoU | against {baseline} | p | boundary IoU | ECE | NLL |"
+        lines += [head, "|" + "---|" * 8]
+        for method in results.methods:
+            of = {row["metric"]: row for row in rows if (row["fraction"], row["method"]) == (fraction, method)}
+            if not of:
+                continue
+            score = of["mIoU"]
+            against, p = "", ""
+            if "difference" in score:
+                interval = Difference(score["difference"], score["low"], score["high"], score["p"], score["pairs"])
+                against, p = str(interval), "" if np.isnan(score["p"]) else f"{score['p']:.3f}"
+            cells = [
+                f"{of[name]['mean']:.{digits}f}" if name in of else ""
+                for name, digits in (("boundary IoU", 1), ("ECE", 2), ("NLL", 3))
+            ]
+            lines.append(
+                f"| {method} | {score['runs']} | {score['mean']:.2f} | {against} | {p} | {' | '.join(cells)} |"
+            )
+        lines.append("")
+    lines.append(
+        "Means over pairs of (draw, seed); in brackets the 95 % interval of the paired difference. A difference whose "
+        f"interval holds 0, or of fewer than {MIN_PAIRS} pairs, is no claim."
+    )
+    if results.missing:
+        lines.append(f"{results.missing} runs of the recipe are missing.")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: Results, folder: Path, baseline: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for method in results.methods:
+        points = []
+        for fraction in results.fractions:
+            values = np.array(list(results.values(method, fraction, reader("eval_mean_iou", 100)).values()))
+            if len(values):
+                half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else 0.0
+                points.append((100 * float(fraction), values.mean(), half))
+        if points:
+            x, y, half = map(np.array, zip(*points, strict=True))
+            axis.plot(x, y, marker="o", label=method)
+            axis.fill_between(x, y - half, y + half, alpha=0.15)
+    axis.set(xlabel="training images, %", ylabel="mIoU, %")
+    axis.legend()
+    figure.savefig(folder / "fractions.png", dpi=110)
+    plot_classes(results, folder, baseline)
+    plot_reliability(results, folder)
+
+
+def plot_classes(results: Results, folder: Path, baseline: str) -> None:
+    """The mean gain of each class in IoU over the baseline, a panel a fraction."""
+    from matplotlib.figure import Figure
+
+    others = [method for method in results.methods if method != baseline]
+    figure = Figure(figsize=(8, 2.6 * len(results.fractions)), layout="constrained")
+    for axis, fraction in zip(
+        np.atleast_1d(figure.subplots(len(results.fractions), 1)), results.fractions, strict=True
+    ):
+        for index, method in enumerate(others):
+            gains = class_gains(results, method, baseline, fraction)
+            axis.bar(np.arange(len(gains)) + 0.8 * index / len(others), gains, 0.8 / len(others), label=method)
+        names = next((r["classes"] for cell in results.cells.values() for r in cell.values() if "classes" in r), None)
+        if names:
+            axis.set_xticks(np.arange(len(names)) + 0.4, names, fontsize=7, rotation=30)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_title(f"{float(fraction):.0%}: IoU against {baseline}, points", fontsize=9)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=max(1, len(others)), fontsize=8)
+    figure.savefig(folder / "classes.png", dpi=110)
+
+
+def class_gains(results: Results, method: str, baseline: str, fraction: str) -> np.ndarray:
+    ours, theirs = (results.cells.get((name, fraction), {}) for name in (method, baseline))
+    gains = [
+        100
+        * np.subtract(
+            *(np.array(runs[pair]["metrics"]["eval_per_category_iou"], dtype=float) for runs in (ours, theirs))
+        )
+        for pair in ours
+        if pair in theirs
+    ]
+    return np.nanmean(gains, axis=0) if gains else np.array([])
+
+
+def plot_reliability(results: Results, folder: Path) -> None:
+    """Share of hits against confidence, over all pairs of runs, a panel a fraction."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(results.fractions), 4), layout="constrained")
+    for axis, fraction in zip(
+        np.atleast_1d(figure.subplots(1, len(results.fractions))), results.fractions, strict=True
+    ):
+        axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+        for method in results.methods:
+            runs = [r["metrics"].get("eval_reliability") for r in results.cells.get((method, fraction), {}).values()]
+            bins = np.array([run for run in runs if run], dtype=float)
+            if len(bins):
+                share = bins[..., 0].sum(axis=0)
+                points = np.nansum(bins[..., 1:] * bins[..., :1], axis=0) / np.where(share, share, np.nan)[:, None]
+                axis.plot(points[:, 0], points[:, 1], marker=".", label=method)
+        axis.set(xlabel="confidence", ylabel="share of hits", title=f"{float(fraction):.0%}")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", fontsize=8, ncols=4)
+    figure.savefig(folder / "reliability.png", dpi=110)
+
+
+def run_missing(folder: Path, options: dict[str, Any]) -> bool:
+    """Train what is missing; whether all of it worked."""
+    cells, worked = read_cells(folder / "recipe.yaml"), True
+    with tqdm(total=len(cells), desc="runs") as progress:
+        for cell, result in run_cells(cells, folder, **options):
+            progress.update()
+            if isinstance(result, Exception):
+                worked = False
+                progress.write(f"failed: {cell.name}: {reason_of(result)}")
+            else:
+                progress.write(f"{cell.name}: mIoU {100 * result['metrics']['eval_mean_iou']:.2f}")
+    return worked
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="Folder with recipe.yaml.")
+    parser.add_argument("--run", action="store_true", help="Train what is missing first.")
+    parser.add_argument("--baseline", default="ce", help="The method the others are compared with.")
+    parser.add_argument("--address", help="Ray cluster. Default: this machine.")
+    parser.add_argument("--cpus_per_cell", type=int, help="Cores of a training. Default: all of a machine.")
+    parser.add_argument("--gpus_per_cell", type=float, default=0)
+    options = vars(parser.parse_args(argv))
+    folder, baseline, worked = options.pop("study"), options.pop("baseline"), True
+    try:
+        if options.pop("run"):
+            worked = run_missing(folder, options)
+        results = Results(folder)
+        if baseline not in results.methods:
+            raise InputError(f"baseline {baseline} is no method of {folder / 'recipe.yaml'}: {results.methods}")
+        if not results.cells:
+            raise InputError(f"{folder} has no results yet: --run makes them")
+    except InputError as error:
+        fail(error)
+    rows = table_rows(results, baseline)
+    write_whole(folder / "table.md", markdown(results, rows, baseline))
+    with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(results, folder, baseline)
+    print((folder / "table.md").read_text(encoding="utf-8"))
+    sys.exit(0 if worked else 1)
+
+
+if __name__ == "__main__":
+    main()

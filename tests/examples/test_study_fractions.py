@@ -1,0 +1,124 @@
+"""Tables and figures from results, and one real study of two runs."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import RAW_VOID
+from PIL import Image
+
+pytest.importorskip("ray")
+pytest.importorskip("scipy")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import study_fractions  # noqa: E402
+import sweep  # noqa: E402
+
+GRID = {
+    "method": {"ce": {"loss": "ce"}, "pals": {"loss": "pals"}},
+    "train_fraction": [0.1, 0.5],
+    "pair": {str(index): {"split_seed": index, "seed": index} for index in range(6)},
+}
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Results as the runs would leave them: PALS gains 2 points at 10 %, of which nothing is left at 50 %."""
+    folder = tmp_path / "study"
+    (folder / "results").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"common": {"max_steps": 5}, "grid": GRID}, sort_keys=False))
+    generator = np.random.default_rng(0)
+    easy = {pair: generator.normal(0, 0.03) for pair in GRID["pair"]}  # draws differ far more than methods
+    for cell in sweep.read_cells(folder / "recipe.yaml"):
+        gain = 0.02 if cell.place["method"] == "pals" and cell.place["train_fraction"] == "0.1" else 0.0
+        iou = 0.45 + easy[cell.place["pair"]] + gain + generator.normal(0, 0.002)
+        metrics = {
+            "eval_mean_iou": iou,
+            "eval_per_category_iou": [iou, None],
+            "eval_ece": 0.1,
+            "eval_loss": 0.5,
+            "eval_reliability": [[0.5, 0.4, 0.3], [0.5, 0.9, 0.8], [0.0, None, None]],
+        }
+        result = {"place": cell.place, "flags": cell.flags, "classes": ["a", "b"], "metrics": metrics}
+        sweep.result_path(folder, cell).write_text(json.dumps(result))
+    return folder
+
+
+def report(folder, *options):
+    command = [sys.executable, EXAMPLES / "study_fractions.py", folder, *options]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+
+
+def test_pairs_show_what_means_hide(study):
+    result = report(study)
+    assert result.returncode == 0, result.stderr
+    with open(study / "table.csv", newline="") as file:
+        rows = {(r["fraction"], r["method"], r["metric"]): r for r in csv.DictReader(file)}
+    gain, none = (rows[fraction, "pals", "mIoU"] for fraction in ("0.1", "0.5"))
+    assert float(gain["low"]) > 1.0
+    assert float(gain["low"]) < 2.0 < float(gain["high"]) + 0.3
+    assert float(gain["p"]) == pytest.approx(2 / 2**6)  # all six differences have one sign
+    assert float(none["low"]) < 0 < float(none["high"])
+    assert rows["0.1", "ce", "mIoU"]["difference"] == ""
+    table = (study / "table.md").read_text()
+    assert "### 10% of the training images" in table
+    assert "| pals | 6 |" in table
+    assert "missing" not in table
+    for name in ("fractions", "classes", "reliability"):
+        assert Image.open(study / f"{name}.png").width > 300
+
+
+def test_incomplete_studies_are_called_so(study):
+    for path in list((study / "results").glob("*pair=[345]*")):
+        path.unlink()
+    result = report(study)
+    assert "12 runs of the recipe are missing" in result.stdout
+    assert "| pals | 3 |" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: [path.unlink() for path in (f / "results").iterdir()], "has no results yet"),
+        (lambda f: (f / "recipe.yaml").unlink(), "cannot be read"),
+        (lambda f: (f / "recipe.yaml").write_text("grid: {loss: [ce]}"), "axes"),
+    ],
+)
+def test_nothing_to_report(study, change, message):
+    change(study)
+    result = report(study)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_another_baseline(study):
+    assert report(study, "--baseline", "best").returncode == 2
+    assert "against pals" in report(study, "--baseline", "pals").stdout
+
+
+def test_differences():
+    difference = study_fractions.Difference.of(np.array([3.0, 4.0, 5.0]), np.array([1.0, 2.0, 2.0]))
+    assert difference.mean == pytest.approx(7 / 3)
+    half = 4.302653 * np.std([2, 2, 3], ddof=1) / np.sqrt(3)  # t of 2 degrees of freedom
+    assert (difference.low, difference.high) == pytest.approx((7 / 3 - half, 7 / 3 + half), rel=1e-5)
+    assert difference.p == pytest.approx(0.25)
+    assert np.isnan(study_fractions.Difference.of(np.array([1.0]), np.array([0.0])).low)
+
+
+def test_runs_what_is_missing(folder, tmp_path):
+    study = tmp_path / "study"
+    study.mkdir()
+    common = {"dataset_dir": str(folder), "void_labels": [RAW_VOID], "crop_size": [32, 32], "max_steps": 1}
+    common |= {"per_device_train_batch_size": 2, "eval_strategy": "no", "eval_calibration": True}
+    grid = {**GRID, "train_fraction": [0.5], "pair": {"0": {"seed": 0}}}
+    (study / "recipe.yaml").write_text(yaml.safe_dump({"common": common, "grid": grid}, sort_keys=False))
+    result = report(study, "--run")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "| pals | 1 |" in result.stdout
+    assert len(list((study / "results").iterdir())) == 2
