@@ -112,6 +112,7 @@ def step(device: str, architecture: str, classes: int) -> Variants:
         "Trainer + CE": (Trainer, TrainingArguments, {"remove_unused_columns": False}),
         "PALSTrainer + CE": (PALSTrainer, PALSConfig, {"loss": "ce"}),
         "PALSTrainer + PALS": (PALSTrainer, PALSConfig, {}),
+        "PALSTrainer + PALS, channels last": (PALSTrainer, PALSConfig, {"channels_last": True}),
         "PALSTrainer + PALS, stride 1": (PALSTrainer, PALSConfig, {"max_affinity_cells": 65536}),
     }
     return {

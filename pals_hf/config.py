@@ -193,6 +193,10 @@ class PALSConfig(TrainingArguments):
     head_lr_multiplier: float = field(
         default=5.0, metadata={"help": "The head learns at this multiple of `learning_rate`; the backbone at 1."}
     )
+    channels_last: bool = field(
+        default=False,
+        metadata={"help": "Keep images and kernels with channels last in memory: faster for convolutional networks."},
+    )
     eval_calibration: bool = field(
         default=False,
         metadata={

@@ -156,6 +156,8 @@ class PALSTrainer(Trainer):
         self._tap = ClassifierTap(model, before_dropout=args.affinity_source == "before_dropout")
         if args.freeze_backbone:
             backbone_of(model).requires_grad_(False)
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
 
     # ---- Loss ----
 

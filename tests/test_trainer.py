@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 
@@ -320,6 +321,19 @@ class TestTraining:
         decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         assert decays[id(layer.weight)] == trainer.args.weight_decay
         assert decays[id(layer.bias)] == 0
+
+    def test_channels_last_changes_nothing_but_memory(self, any_model, tmp_path):
+        other = copy.deepcopy(any_model)
+        losses = []
+        for model, channels_last in ((any_model, False), (other, True)):
+            torch.manual_seed(0)
+            options = {"channels_last": channels_last, "freeze_batch_norm": True}
+            trainer = PALSTrainer(model, config(tmp_path, **options), train_dataset=Examples(size=(64, 64)))
+            trainer.train()
+            losses += logged(trainer, "loss") + logged(trainer, "grad_norm")
+            kernels = [p for p in trainer.model.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+            assert all(k.is_contiguous(memory_format=torch.channels_last) is channels_last for k in kernels)
+        assert losses[2:] == pytest.approx(losses[:2], rel=1e-3)
 
     def test_frozen_backbone(self, tmp_path):
         model = tiny_mobilenet_v2()

@@ -19,7 +19,12 @@ VARIANTS = {
         "PALS, default",
         *(f"PALS, stride {s}" for s in (1, 2, 4)),
     },
-    "step": {"Trainer + CE", "PALSTrainer + CE", "PALSTrainer + PALS", "PALSTrainer + PALS, stride 1"},
+    "step": {
+        "Trainer + CE",
+        "PALSTrainer + CE",
+        "PALSTrainer + PALS",
+        *(f"PALSTrainer + PALS, {w}" for w in ("channels last", "stride 1")),
+    },
     "evaluation": {"evaluate", "PALSTrainer", "the network alone"},
 }
 
