@@ -217,7 +217,9 @@ def class_gains(results: Results, method: str, baseline: str, fraction: str) -> 
         for pair in ours
         if pair in theirs
     ]
-    return np.nanmean(gains, axis=0) if gains else np.array([])
+    return np.array(
+        [np.mean([gain for gain in of if not np.isnan(gain)] or [np.nan]) for of in zip(*gains, strict=True)]
+    )
 
 
 def plot_reliability(results: Results, folder: Path) -> None:

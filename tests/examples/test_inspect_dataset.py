@@ -2,21 +2,22 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import RAW_VOID, write_pair
+from launching import call
 from PIL import Image
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "inspect_dataset.py"
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import inspect_dataset
 
 
 def inspect(folder, output, *more):
-    command = [sys.executable, SCRIPT, "--dataset_dir", folder, "--output_dir", output, *more]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    return call(inspect_dataset.main, "--dataset_dir", folder, "--output_dir", output, *more)
 
 
 @pytest.fixture

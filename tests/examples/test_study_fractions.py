@@ -2,7 +2,6 @@
 
 import csv
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import RAW_VOID
+from launching import call
 from PIL import Image
 
 pytest.importorskip("ray")
@@ -51,8 +51,7 @@ def study(tmp_path):
 
 
 def report(folder, *options):
-    command = [sys.executable, EXAMPLES / "study_fractions.py", folder, *options]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    return call(study_fractions.main, folder, *options)
 
 
 def test_pairs_show_what_means_hide(study):
@@ -111,6 +110,7 @@ def test_differences():
     assert np.isnan(study_fractions.Difference.of(np.array([1.0]), np.array([0.0])).low)
 
 
+@pytest.mark.slow
 def test_runs_what_is_missing(folder, tmp_path):
     study = tmp_path / "study"
     study.mkdir()
