@@ -120,18 +120,17 @@ class DataArguments:
     )
 
 
+def source_of(args: DataArguments) -> dict[str, Any]:
+    """Where the data comes from and what its masks mean."""
+    names = ("dataset_name", "dataset_dir", "dataset_config", "image_column", "label_column", "id2label", "palette")
+    return {name: getattr(args, name) for name in (*names, "void_labels")}
+
+
 def read_data(args: DataArguments, skip_bad_samples: bool) -> SegmentationData:
     """Load and check the data set that the flags name."""
     with PartialState().local_main_process_first():  # the others find what it has checked in the cache
         return load_segmentation_dataset(
-            args.dataset_name,
-            dataset_dir=args.dataset_dir,
-            dataset_config=args.dataset_config,
-            image_column=args.image_column,
-            label_column=args.label_column,
-            id2label=args.id2label,
-            palette=args.palette,
-            void_labels=args.void_labels,
+            **source_of(args),
             validation_share=args.validation_share,
             validation_seed=args.validation_seed,
             num_folds=args.num_folds,
@@ -359,7 +358,9 @@ def load_data(args: ScriptArguments) -> tuple[SegmentationData | SegmentationStr
     if not is_main_process():
         datasets.disable_progress_bars()
     if args.streaming:
-        return open_stream(args), None if args.train_manifest is None else FractionManifest.load(args.train_manifest)
+        return stream_segmentation_dataset(
+            **source_of(args)
+        ), None if args.train_manifest is None else FractionManifest.load(args.train_manifest)
     data = read_data(args, args.skip_bad_samples)
     if is_main_process():
         for name, problem in data.skipped.items():
@@ -377,19 +378,6 @@ def load_data(args: ScriptArguments) -> tuple[SegmentationData | SegmentationStr
         train, validation = cut_validation(data.train, args.tuning_share, args.split_seed)
         data = replace(data, train=train, validation=validation)
     return data, manifest
-
-
-def open_stream(args: DataArguments) -> SegmentationStream:
-    return stream_segmentation_dataset(
-        args.dataset_name,
-        dataset_dir=args.dataset_dir,
-        dataset_config=args.dataset_config,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        id2label=args.id2label,
-        palette=args.palette,
-        void_labels=args.void_labels,
-    )
 
 
 def build_trainer(
