@@ -358,9 +358,8 @@ def load_data(args: ScriptArguments) -> tuple[SegmentationData | SegmentationStr
     if not is_main_process():
         datasets.disable_progress_bars()
     if args.streaming:
-        return stream_segmentation_dataset(
-            **source_of(args)
-        ), None if args.train_manifest is None else FractionManifest.load(args.train_manifest)
+        chosen = None if args.train_manifest is None else FractionManifest.load(args.train_manifest)
+        return stream_segmentation_dataset(**source_of(args)), chosen
     data = read_data(args, args.skip_bad_samples)
     if is_main_process():
         for name, problem in data.skipped.items():
