@@ -31,12 +31,12 @@ def calibration_sums(logits: Tensor, labels: Tensor, ignore_index: int = 255, nu
         sum of probabilities, and how often c was the label. Row C: the same for the most likely class. Row C + 1: its
         very first entry is the sum over pixels of the Brier score, the rest is 0.
     """
-    classes = logits.shape[1]
+    z, classes = logits.float(), logits.shape[1]
     sums = torch.zeros(classes + 2, num_bins, 3, dtype=torch.float64, device=logits.device)
     offsets = torch.arange(classes, device=logits.device)[:, None] * num_bins
-    for tile in tiles(logits.float(), labels):
+    for tile in tiles(z, labels):
         labelled = is_labelled(tile.labels, ignore_index)
-        p = tile.up(logits.float()).softmax(dim=1).movedim(1, 0)[:, labelled].double()  # (C, n)
+        p = tile.up(z).softmax(dim=1).movedim(1, 0)[:, labelled].double()  # (C, n)
         y = tile.labels[labelled]
         bins = (p * num_bins).long().clamp_(max=num_bins - 1)
         hits = y * num_bins + bins.gather(0, y[None])[0]

@@ -195,7 +195,9 @@ class PALSConfig(TrainingArguments):
     )
     channels_last: bool = field(
         default=False,
-        metadata={"help": "Keep images and kernels with channels last in memory: faster for convolutional networks."},
+        metadata={
+            "help": "Keep kernels with channels last in memory, which can be faster for convolutional networks."
+        },
     )
     eval_calibration: bool = field(
         default=False,
