@@ -195,9 +195,7 @@ class PALSConfig(TrainingArguments):
     )
     channels_last: bool = field(
         default=False,
-        metadata={
-            "help": "Keep kernels with channels last in memory, which can be faster for convolutional networks."
-        },
+        metadata={"help": "Keep kernels with channels last in memory, which can be faster for convolutions."},
     )
     eval_calibration: bool = field(
         default=False,
