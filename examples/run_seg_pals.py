@@ -102,7 +102,7 @@ class DataArguments:
     validation_share: float = field(
         default=0.2, metadata={"help": "Cut off from the training images where there is no validation split."}
     )
-    validation_seed: int = field(default=0, metadata={"help": "Seed of that cut, and of the folds."})
+    validation_seed: int = field(default=0, metadata={"help": "Seed of that cut, of the folds and of --tuning_share."})
     num_folds: int | None = field(
         default=None, metadata={"help": "Cross-validation: cut all images into so many folds, --fold is scored."}
     )
@@ -185,8 +185,8 @@ class ScriptArguments(DataArguments):
     tuning_share: float | None = field(
         default=None,
         metadata={
-            "help": "Hold out this share of the chosen training images and score them instead of the validation "
-            "split, to choose settings without looking at it."
+            "help": "Hold out this share of the training images before any are chosen, and score them instead of the "
+            "validation split, to choose settings without looking at it."
         },
     )
     streaming: bool = field(
@@ -364,6 +364,9 @@ def load_data(args: ScriptArguments) -> tuple[SegmentationData | SegmentationStr
     if is_main_process():
         for name, problem in data.skipped.items():
             print(f"skipped {name}: {problem}", file=sys.stderr)
+    if args.tuning_share is not None:
+        train, held_out = cut_validation(data.train, args.tuning_share, args.validation_seed)
+        data = replace(data, train=train, validation=held_out)
     record = {"name": data.name, "id2label": data.id2label}
     if args.train_manifest is not None:
         manifest = FractionManifest.load(args.train_manifest, data.train, **record)
@@ -372,11 +375,7 @@ def load_data(args: ScriptArguments) -> tuple[SegmentationData | SegmentationStr
         manifest = FractionManifest.draw(
             data.train, share, args.split_seed, count=args.train_count, method=args.split_method, **record
         )
-    data = replace(data, train=manifest.select(data.train))
-    if args.tuning_share is not None:
-        train, validation = cut_validation(data.train, args.tuning_share, args.split_seed)
-        data = replace(data, train=train, validation=validation)
-    return data, manifest
+    return replace(data, train=manifest.select(data.train)), manifest
 
 
 def build_trainer(

@@ -165,13 +165,14 @@ class TestFolder:
         assert read(output / "trainer_state.json")["log_history"][0]["loss"] > 0
 
     def test_settings_are_tuned_on_held_out_training_images(self, folder, tmp_path, capsys):
-        """The validation split is not even scored."""
+        """Held out before the fraction is drawn; the validation split is not even scored."""
         output = tmp_path / "run"
         options = ["--train_fraction", "0.5", "--tuning_share", "0.25", "--eval_calibration", "True"]
         run_seg_pals.main(on_folder(folder, output, *options, *SHORT))
         results = read(output / "eval_results.json")
-        assert len(read(output / "train_fraction.json")["ids"]) == 4
-        assert "3 training images, 1 validation images" in capsys.readouterr().out
+        manifest = read(output / "train_fraction.json")
+        assert (manifest["available"], len(manifest["ids"])) == (6, 3)
+        assert "3 training images, 2 validation images" in capsys.readouterr().out
         assert 0 <= results["eval_ece"] <= 1
         assert len(results["eval_reliability"]) == 15
         assert len(results["eval_per_category_boundary_iou"]) == 4
