@@ -19,9 +19,11 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import uuid
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,6 +47,7 @@ from transformers import (
 from transformers.utils import is_matplotlib_available
 
 from pals_hf import PALSConfig, PALSTrainer, load_segmentation_dataset
+from pals_hf.checkpoints import claimed, is_complete_checkpoint, last_complete_checkpoint
 from pals_hf.data import (
     IGNORE_INDEX,
     EvalTransform,
@@ -61,10 +64,9 @@ from pals_hf.data.checking import read_pair
 from pals_hf.data.fractions import METHODS
 from pals_hf.data.resizing import cache_resized
 from pals_hf.data.sources import cut_validation
-from pals_hf.errors import InputError, first_line
+from pals_hf.errors import InputError, TrainingError, first_line
 from pals_hf.functional import PADDING_INDEX
 from pals_hf.models import build_image_processor, build_model, predict_mask
-from pals_hf.trainer import is_complete_checkpoint, last_complete_checkpoint
 from pals_hf.visualize import prediction_sheet, training_curves
 
 MANIFEST = "train_fraction.json"
@@ -243,23 +245,28 @@ def main(argv: list[str] | None = None) -> None:
         choose_output_dir(args, config)
         data, manifest = load_data(args)
         trainer = build_trainer(args, config, data, manifest)
-        if not args.eval_only:
+        if args.eval_only:
+            report(trainer, data, trainer.evaluate(), args.model_name_or_path)
+        else:
             trainer.rehearse()
-            claim_output_dir(args, config, data, manifest)
-            train(trainer)
+            with claimed(config.output_dir) if is_main_process() else nullcontext():
+                prepare_output_dir(args, config, data, manifest)
+                train(trainer)
+                report(trainer, data, trainer.evaluate(), config.output_dir)
     except InputError as error:
         fail(error)
-    report(trainer, data, trainer.evaluate())
+    except TrainingError as error:
+        fail(error, code=1)
     trainer.end()
 
 
-def fail(error: InputError) -> NoReturn:
-    """End with one line and exit code 2."""
+def fail(error: InputError | TrainingError, code: int = 2) -> NoReturn:
+    """End with one line and this exit code."""
     if not is_main_process():
         # The launcher ends all processes once one has failed: let it be the one that speaks.
         time.sleep(10)
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def is_main_process() -> bool:
@@ -318,8 +325,10 @@ def choose_output_dir(args: ScriptArguments, config: PALSConfig) -> None:
     """Settle where the run goes and what it resumes, without writing anything yet."""
     if config.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(config.resume_from_checkpoint, config.output_dir)
-        config.resume_from_checkpoint = str(checkpoint)
+        config.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
         config.output_dir = config.output_dir or str(checkpoint.parent)
+        if is_main_process():
+            print("starting anew" if checkpoint is None else f"going on from {checkpoint}", flush=True)
     if not config.output_dir:
         share = args.train_count or f"{args.train_fraction or 1:g}"
         what = "eval" if args.eval_only else f"{config.loss}-{share}-seed{config.seed}"
@@ -334,11 +343,16 @@ def choose_output_dir(args: ScriptArguments, config: PALSConfig) -> None:
         )
 
 
-def find_checkpoint(resume: str, output_dir: str) -> Path:
-    """The checkpoint that `last`, a run's folder or a checkpoint's own path means."""
-    path = Path(output_dir or ".") if resume == "last" else Path(resume)
+def find_checkpoint(resume: str, output_dir: str) -> Path | None:
+    """The checkpoint that `last`, `auto`, a run's folder or a checkpoint's own path means.
+
+    The newest complete one; `auto` starts anew, None, where there is none.
+    """
+    if resume == "auto" and not output_dir:
+        raise InputError("resume_from_checkpoint auto needs the run's output_dir")
+    path = Path(output_dir or ".") if resume in ("last", "auto") else Path(resume)
     checkpoint = path if is_complete_checkpoint(path) else last_complete_checkpoint(path)
-    if checkpoint is None:
+    if checkpoint is None and resume != "auto":
         raise InputError(f"resume_from_checkpoint {resume}: there is no complete checkpoint at {path}")
     return checkpoint
 
@@ -386,7 +400,7 @@ def build_trainer(
 ) -> PALSTrainer:
     set_seed(config.seed)  # a new head is the same for every loss
     if args.eval_only:
-        model, processor = load_finished(args, data)
+        model, processor = load_finished(args.model_name_or_path, data.id2label)
     else:
         model = build_model(args.model_name_or_path, data.id2label, args.output_stride)
         processor = build_image_processor(args.model_name_or_path, args.image_size)
@@ -467,21 +481,19 @@ def build_augmentation(
     )
 
 
-def load_finished(args: ScriptArguments, data: SegmentationData) -> tuple[PreTrainedModel, BaseImageProcessor]:
+def load_finished(checkpoint: str, id2label: dict[int, str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """A trained model exactly as `from_pretrained` gives it to its users."""
     try:
-        model = AutoModelForSemanticSegmentation.from_pretrained(args.model_name_or_path)
-        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+        model = AutoModelForSemanticSegmentation.from_pretrained(checkpoint)
+        processor = AutoImageProcessor.from_pretrained(checkpoint)
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"cannot load {args.model_name_or_path!r}: {first_line(error)}") from error
-    if model.config.num_labels != len(data.id2label):
-        raise InputError(
-            f"{args.model_name_or_path} knows {model.config.num_labels} classes, the data set {len(data.id2label)}"
-        )
+        raise InputError(f"cannot load {checkpoint!r}: {first_line(error)}") from error
+    if model.config.num_labels != len(id2label):
+        raise InputError(f"{checkpoint} knows {model.config.num_labels} classes, the data set {len(id2label)}")
     return model, processor
 
 
-def claim_output_dir(
+def prepare_output_dir(
     args: ScriptArguments,
     config: PALSConfig,
     data: SegmentationData | SegmentationStream,
@@ -497,7 +509,6 @@ def claim_output_dir(
         if not goes_on_in(folder, config):
             for path in files_of_a_run(folder):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
         if manifest is not None:
             manifest.save(folder / MANIFEST)
         if not args.streaming and data.skipped:
@@ -506,18 +517,32 @@ def claim_output_dir(
 
 def train(trainer: PALSTrainer) -> None:
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    if trainer.terminated:
+        leave(trainer)
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)
 
 
-def report(trainer: PALSTrainer, data: SegmentationData | SegmentationStream, metrics: dict[str, Any]) -> None:
-    """Write the results and show them."""
+def leave(trainer: PALSTrainer) -> NoReturn:
+    """End a run that was told to, and say how it goes on."""
+    checkpoint = last_complete_checkpoint(trainer.args.output_dir)
+    trainer.end()
+    if is_main_process():
+        print(f"told to end: saved {checkpoint}; go on with --resume_from_checkpoint {checkpoint}", flush=True)
+    sys.exit(128 + signal.SIGTERM)
+
+
+def report(
+    trainer: PALSTrainer, data: SegmentationData | SegmentationStream, metrics: dict[str, Any], checkpoint: str
+) -> None:
+    """Write the results and show them; pictures are of the checkpoint, as others will load it."""
     trainer.save_metrics("eval", metrics)
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
-    model, processor = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    model, processor = load_finished(checkpoint, data.id2label)
+    model.to(trainer.args.device)
     rows = [(*pair, predict_mask(model, processor, pair[0])) for pair in some_pairs(data)]
     prediction_sheet(rows, data.id2label, folder / "predictions.png", data.colors)
     if is_matplotlib_available() and trainer.state.log_history:

@@ -39,8 +39,8 @@ import yaml
 from run_seg_pals import fail, to_argv
 from tqdm import tqdm
 
+from pals_hf.checkpoints import last_complete_checkpoint
 from pals_hf.errors import InputError
-from pals_hf.trainer import last_complete_checkpoint
 
 SCRIPT = Path(__file__).with_name("run_seg_pals.py")
 PACKAGES = ("pals_hf", "torch", "torchvision", "transformers", "datasets", "accelerate")

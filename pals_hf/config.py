@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -256,6 +257,12 @@ class PALSConfig(TrainingArguments):
             self.lr_scheduler_kwargs = dict(POLY)
         self._check_fields()
         super().__post_init__()
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started > 1 and self.world_size == 1:
+            raise InputError(
+                f"{started} processes were started, but each would train alone: "
+                "without GPUs set ACCELERATE_USE_CPU=true in the environment"
+            )
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch warns at every epoch
 

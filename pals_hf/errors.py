@@ -1,8 +1,12 @@
-"""The one exception for what a user can mend, and how to quote another library's error in it."""
+"""Exceptions that say in one line what a user can mend, and how to quote another library's error in them."""
 
 
 class InputError(ValueError):
     """Data, a flag or a model that cannot be used as given. One line: file, field, value, and what to do."""
+
+
+class TrainingError(RuntimeError):
+    """A training that cannot go on, though its input was fine. One line: what happened, when, and what is left."""
 
 
 def first_line(error: Exception) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import inspect
-import json
+import math
 import os
-import re
+import shutil
+import signal
+import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from accelerate.utils import broadcast
@@ -20,25 +23,33 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .calibration import boundary_counts, boundary_metrics, calibration_metrics, calibration_sums
+from .checkpoints import (
+    UNFINISHED,
+    clear_unfinished,
+    discard_old_checkpoints,
+    last_complete_checkpoint,
+    publish,
+    publish_files,
+)
 from .config import PALSConfig
-from .data import WEAK_VIEW, StreamedDataset, collate
+from .data import ID, WEAK_VIEW, StreamedDataset, collate
 from .data.balance import class_weights
-from .errors import InputError, first_line
+from .errors import InputError, TrainingError, first_line
 from .functional import is_labelled, soft_label_cross_entropy, upsample_argmax
 from .inference import window_logits
 from .losses import CrossEntropyLoss, LabelSmoothingLoss, PALSLoss, SegmentationLoss
 from .metrics import SegmentationMetrics, confusion_matrix, nan_to_none
 from .models import ClassifierTap, Reading, backbone_of, encoder_features, patch_size_of
+from .nonfinite import images_of, keep_step, likely_cause
 
 logger = logging.get_logger(__name__)
 
 AVERAGE_NAME = "average.safetensors"  # the teacher's weights, in a checkpoint
-_CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
 def build_loss(config: PALSConfig, weights: list[float] | None = None) -> SegmentationLoss:
@@ -77,14 +88,18 @@ class PALSTrainer(Trainer):
     - the head has its own learning rate; backbone or batch norm can be frozen;
     - an auxiliary head, where the model was built with one, learns by cross-entropy with the weight of its config;
     - with `args.teacher` "ema" each checkpoint also holds the averaged weights, so that a resumed run is the same run.
-      What is evaluated and saved as the model is the live network.
+      What is evaluated and saved as the model is the live network;
+    - a checkpoint is complete or not there, whatever ends the process while it is written;
+    - SIGTERM, which announces the end of a machine or a job, ends the training after the step at hand, with a
+      checkpoint; `trainer.terminated` is True then;
+    - a loss or gradient that is not finite ends it before the weights take part, and its batch is kept.
 
     Args:
         model: a model of `AutoModelForSemanticSegmentation`.
         args: a [`PALSConfig`].
         train_dataset, eval_dataset: data sets of `pixel_values (3, H, W)` and `labels (H, W)`, like
             [`TransformedDataset`]. Training images must share a size, evaluation images need not.
-        data_collator: by default [`collate`].
+        data_collator: by default [`collate`] with the ids of the images, which name them when a batch goes wrong.
         kwargs: everything else [`~transformers.Trainer`] takes, except `compute_loss_func` and `compute_metrics`.
 
     Raises:
@@ -118,13 +133,19 @@ class PALSTrainer(Trainer):
         if any(isinstance(kwargs.get(name), StreamedDataset) for name in ("train_dataset", "eval_dataset")):
             # Each process reads the stream and decodes its own part; else one would decode for all of them.
             args.accelerator_config.dispatch_batches = False
-        super().__init__(model, args, data_collator=data_collator or collate, **kwargs)
+        super().__init__(model, args, data_collator=data_collator or partial(collate, with_ids=True), **kwargs)
+        if self.is_fsdp_enabled:
+            # Accelerate asks for it, and networks without words raise instead of saying that they have none.
+            self.model.get_input_embeddings = lambda: None
         self.loss_function = build_loss(args, self._class_weights).to(args.device)
         self.metrics = SegmentationMetrics(self.model.config.num_labels, args.ignore_index)
         self.compute_metrics = self._stream_metrics
         self._cross_entropy_sum = 0.0
         self._loss_parts: Counter[str] = Counter()
         self._labels_checked = False
+        self._micro_batches: list[tuple[Tensor, dict[str, Any]]] = []  # of the step at hand: loss and inputs
+        self._staging = False
+        self.terminated = False
         self._average = self._start_average(self.model)
         self._check_padding()
         self.add_callback(_TrainingCallback(self))
@@ -186,12 +207,13 @@ class PALSTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         if model.training:
             self._record_parts(scaled=num_items_in_batch is not None)
+            self._micro_batches.append((loss.detach(), inputs))
         return (loss, outputs) if return_outputs else loss
 
     def _read(self, model: nn.Module, tap: ClassifierTap, inputs: dict[str, Any]) -> tuple[Reading, Any]:
         """Run a network; what its tap read, with the features that `args.affinity_source` names."""
         source = self.args.affinity_source if isinstance(self.loss_function, PALSLoss) else None
-        inputs = {name: value for name, value in inputs.items() if name not in ("labels", WEAK_VIEW)}
+        inputs = {name: value for name, value in inputs.items() if name not in ("labels", WEAK_VIEW, ID)}
         with tap:
             outputs = model(**inputs, **({"output_hidden_states": True} if source == "encoder" else {}))
         reading = tap.read()
@@ -230,9 +252,10 @@ class PALSTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """[`count_pixels`] of all micro-batches of all processes: the parent counts void pixels as labelled ones."""
+        self._micro_batches = []
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
-        if any(isinstance(value, list) for batch in batch_samples for value in batch.values()):
+        if any(isinstance(batch[name], list) for batch in batch_samples for name in batch.keys() - {ID}):
             raise InputError("images of one training batch differ in size: crop them to one size in the transform")
         if not self._labels_checked:
             self._check_labels(batch_samples[0]["labels"])
@@ -249,6 +272,38 @@ class PALSTrainer(Trainer):
                 f"label {wrong[0].item()} is none of the classes 0 to {self.model.config.num_labels - 1} and not "
                 f"ignore_index={self.args.ignore_index}"
             )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        """The parent's, which is what stands between backward pass and optimizer: here a step is found to be sound.
+
+        Gradients are those of all processes by now, so all of them stop. Where a gradient scaler is at work, it skips
+        steps whose gradients overflow, and only the loss counts.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite.
+        """
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        wrong = [(loss.item(), inputs) for loss, inputs in self._micro_batches if not math.isfinite(loss)]
+        scales = self.accelerator.scaler is not None
+        if wrong:
+            self._stop_at(f"the loss is {wrong[0][0]}", [inputs for _, inputs in wrong])
+        if not scales and grad_norm is not None and not math.isfinite(grad_norm):
+            self._stop_at(f"the gradient's norm is {float(grad_norm)}", [inputs for _, inputs in self._micro_batches])
+        return grad_norm
+
+    def _stop_at(self, what: str, batches: list[dict[str, Any]]) -> NoReturn:
+        step, rank = self.state.global_step + 1, self.args.process_index
+        run_dir = Path(self.args.output_dir)
+        folder = run_dir / (f"non-finite-step-{step}" + (f"-rank-{rank}" if self.args.world_size > 1 else ""))
+        about = {"what": what, "step": step, "learning_rate": self._get_learning_rate()}
+        is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        keep_step(folder, batches, self.model if is_whole else None, about)
+        checkpoint, images = last_complete_checkpoint(run_dir), ", ".join(images_of(batches))
+        raise TrainingError(
+            f"{what} at step {step}{f', images {images}' if images else ''}: {likely_cause(batches, self.model)}. "
+            f"The batch{' and the network are' if is_whole else ' is'} in {folder}; "
+            f"the last checkpoint is {checkpoint or 'none yet'}"
+        )
 
     def _freeze_statistics(self) -> None:
         """Put frozen batch norm layers back into evaluation mode, which `model.train()` has just ended."""
@@ -288,7 +343,7 @@ class PALSTrainer(Trainer):
         """
         device = next(self.model.parameters()).device
         batch = self.data_collator([next(iter(self.train_dataset))])
-        batch = {name: value.to(device) for name, value in batch.items()}
+        batch = {name: value.to(device) for name, value in batch.items() if name != ID}
         self._check_labels(batch["labels"])
         training = self.model.training
         self.model.eval()
@@ -344,6 +399,60 @@ class PALSTrainer(Trainer):
         super().save_metrics(split, nan_to_none(metrics), combined)
 
     # ---- Checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, UNFINISHED) if self._staging else run_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The parent's, written aside and then renamed.
+
+        Raises:
+            TrainingError: it cannot be written, for example because the disk is full. The ones before are still there.
+        """
+        run_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        written, checkpoint = run_dir / UNFINISHED / name, run_dir / name
+        if self.args.should_save:
+            clear_unfinished(run_dir)
+        self.accelerator.wait_for_everyone()
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint == str(written):
+                self.state.best_model_checkpoint = str(checkpoint)
+                if self.args.should_save:
+                    self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(written, checkpoint)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            free = shutil.disk_usage(run_dir).free / 2**20
+            clear_unfinished(run_dir)
+            raise TrainingError(
+                f"{checkpoint} cannot be written, with {free:.0f} MB left on its disk: {first_line(error)}; "
+                f"the last checkpoint is {last_complete_checkpoint(run_dir) or 'none yet'}"
+            ) from error
+        finally:
+            self._staging = False
+        if self.args.should_save:
+            kept = {name, os.path.basename(self.state.best_model_checkpoint or name)}
+            discard_old_checkpoints(run_dir, self.args.save_total_limit, kept)
+            clear_unfinished(run_dir)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._staging:  # a push goes on in the background, where a folder must not change its name
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The parent's, file by file complete or not there."""
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if self.args.should_save:
+            clear_unfinished(folder)
+        super()._save(str(folder / UNFINISHED), state_dict)
+        if self.args.should_save:
+            publish_files(folder / UNFINISHED, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load weights the way `from_pretrained` does, and all of them.
@@ -459,10 +568,12 @@ class PALSTrainer(Trainer):
 
 
 class _TrainingCallback(TrainerCallback):
-    """Tells the training set which epoch it is, and the averaged network that there was a step."""
+    """Tells the training set which epoch it is, and the averaged network that there was a step; listens to SIGTERM."""
 
     def __init__(self, trainer: PALSTrainer):
         self.trainer = trainer
+        self._is_terminated = False
+        self._handler_before: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         # A search has changed the arguments.
@@ -470,6 +581,17 @@ class _TrainingCallback(TrainerCallback):
         self.trainer._labels_checked = False
         if self.trainer._average is not None:
             self.trainer._average.to(args.device)
+        self._is_terminated = self.trainer.terminated = False
+        if threading.current_thread() is threading.main_thread():  # no other may
+            self._handler_before = signal.signal(signal.SIGTERM, self._hear_sigterm)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._handler_before is not None:
+            signal.signal(signal.SIGTERM, self._handler_before)
+            self._handler_before = None
+
+    def _hear_sigterm(self, *_: Any) -> None:
+        self._is_terminated = True
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate does so only where its sampler leaves it room.
@@ -479,6 +601,13 @@ class _TrainingCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer._average is not None:
             self.trainer._average.update_parameters(self.trainer.model)
+        is_terminated = self._is_terminated
+        if args.world_size > 1:  # all stop after the same step, whoever heard it first
+            heard = torch.tensor(float(is_terminated), device=args.device)
+            is_terminated = self.trainer.accelerator.reduce(heard, "sum").item() > 0
+        if is_terminated:
+            self.trainer.terminated = True
+            control.should_save = control.should_training_stop = True
 
 
 def whole_loss(
@@ -541,19 +670,3 @@ def compute_loss_func(loss: nn.Module, model: nn.Module) -> Callable[..., Tensor
         return whole_loss(loss, reading, labels, loss.count(labels) * share)
 
     return compute
-
-
-def is_complete_checkpoint(folder: str | os.PathLike) -> bool:
-    """Whether `folder` is a `checkpoint-STEP` that Trainer finished writing: its state is what it writes last."""
-    folder = Path(folder)
-    try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return _CHECKPOINT_NAME.fullmatch(folder.name) is not None and (folder / SCHEDULER_NAME).exists()
-
-
-def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """The newest complete checkpoint of a run, or None: a crash may have left the newest one half-written."""
-    folders = [path for path in Path(output_dir).glob("*") if is_complete_checkpoint(path)]
-    return max(folders, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)

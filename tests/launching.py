@@ -8,12 +8,20 @@ import sys
 from types import SimpleNamespace
 
 
-def launch(script, *arguments, processes=1, cwd=None):
-    """`accelerate launch`, as a user types it; two real processes need the flags below on a CPU."""
+def launcher(script, processes=1, options=()):
+    """`accelerate launch`, as a user types it; several real processes need the flags below on a CPU."""
     several = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"] if processes > 1 else []
-    command = [sys.executable, "-m", "accelerate.commands.launch", *several, str(script), *map(str, arguments)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    return [sys.executable, "-m", "accelerate.commands.launch", *several, *map(str, options), str(script)]
+
+
+def environment_of_launch():
+    return {**os.environ, "ACCELERATE_USE_CPU": "true"}
+
+
+def launch(script, *arguments, processes=1, cwd=None, options=()):
+    """Run it to its end, and return what it printed."""
+    command = [*launcher(script, processes, options), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment_of_launch(), check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
 

@@ -23,13 +23,14 @@ from transformers import (
 )
 
 from pals_hf import PALSConfig, PALSLoss, PALSTrainer, SegmentationMetrics, load_segmentation_dataset
+from pals_hf.checkpoints import last_complete_checkpoint
 from pals_hf.data import EvalTransform, TrainTransform, TransformedDataset, collate
 from pals_hf.data.balance import class_weights
 from pals_hf.errors import InputError
 from pals_hf.functional import PADDING_INDEX, upsample
 from pals_hf.losses import PRESETS, CrossEntropyLoss
 from pals_hf.models import ClassifierTap, build_image_processor, predict_mask
-from pals_hf.trainer import compute_loss_func, is_complete_checkpoint, last_complete_checkpoint
+from pals_hf.trainer import compute_loss_func
 
 NO_RANDOMNESS = {"classifier_dropout_prob": 0.0, "drop_path_rate": 0.0, "hidden_dropout_prob": 0.0}
 
@@ -66,16 +67,6 @@ def config(folder, **overrides):
 
 def logged(trainer, key):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-class StopAt(TrainerCallback):
-    """Interrupts a run, as a time limit would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
 
 
 class OnStepEnd(TrainerCallback):
@@ -679,38 +670,6 @@ def test_compute_loss_func_with_distillation():
 
 
 class TestCheckpoints:
-    @pytest.mark.parametrize("teacher", ["live", "ema"])
-    def test_resume_goes_on_where_it_stopped(self, teacher, folder, tmp_path):
-        """Interrupted in the middle of the second epoch, with random crops, dropout and a linear beta."""
-        data = load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID])
-
-        def train(output, stop=None, resume=None):
-            torch.manual_seed(0)
-            dataset = TransformedDataset(data.train, TrainTransform(build_image_processor(None), (32, 32)), seed=5)
-            args = config(
-                output,
-                max_steps=8,
-                per_device_train_batch_size=2,
-                save_strategy="steps",
-                save_steps=6,
-                beta_schedule="linear",
-                teacher=teacher,
-            )
-            trainer = PALSTrainer(tiny_segformer(), args, train_dataset=dataset)
-            if stop is not None:
-                trainer.add_callback(StopAt(stop))
-            trainer.train(resume_from_checkpoint=resume)
-            return trainer
-
-        whole = train(tmp_path / "whole")
-        assert train(tmp_path / "broken", stop=6).state.global_step == 6
-        resumed = train(tmp_path / "broken", resume=last_complete_checkpoint(tmp_path / "broken"))
-        assert resumed.state.global_step == 8
-        for name in ("loss", "beta", "q_entropy", "grad_norm"):
-            assert logged(resumed, name) == logged(whole, name)
-        weights = resumed.model.state_dict()
-        assert all(torch.equal(value, weights[name]) for name, value in whole.model.state_dict().items())
-
     def test_a_checkpoint_without_the_average(self, tmp_path):
         settings = {"save_strategy": "steps", "save_steps": 1}
         PALSTrainer(tiny_segformer(), config(tmp_path, **settings), train_dataset=Examples()).train()
@@ -733,16 +692,3 @@ class TestCheckpoints:
         weights.write_bytes(weights.read_bytes()[:1000])
         with pytest.raises(InputError, match=f"cannot load checkpoint {checkpoint}"):
             trainer().train(resume_from_checkpoint=str(checkpoint))
-
-    def test_half_written_checkpoints_are_passed_over(self, tmp_path):
-        assert last_complete_checkpoint(tmp_path) is None
-        states = {"checkpoint-5": "{}", "checkpoint-10": "{}", "checkpoint-15": '{"half', "checkpoint-20": None}
-        for name, state in {**states, "checkpoint-99-copy": "{}"}.items():
-            (tmp_path / name).mkdir()
-            (tmp_path / name / "scheduler.pt").touch()
-            if state is not None:
-                (tmp_path / name / "trainer_state.json").write_text(state)
-        (tmp_path / "trainer_state.json").write_text("{}")  # of the run, not of a checkpoint
-        assert last_complete_checkpoint(tmp_path).name == "checkpoint-10"
-        for name in ("checkpoint-15", "checkpoint-20", "checkpoint-99-copy", "."):
-            assert not is_complete_checkpoint(tmp_path / name)

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from ..errors import InputError
 from .checking import read_pair
 from .classes import IGNORE_INDEX, Classes
-from .transforms import seeded
+from .transforms import ID, seeded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,12 +90,12 @@ class StreamedDataset(IterableDataset):
                     continue
             yield row
 
-    def load(self, row: dict[str, Any], is_filler: bool) -> dict[str, Tensor]:
+    def load(self, row: dict[str, Any], is_filler: bool) -> dict[str, Tensor | str]:
         """Decode, check and transform one example."""
         image, labels, _ = read_pair(row, self.classes)
         labels = PILImage.fromarray(np.full_like(labels, IGNORE_INDEX) if is_filler else labels)
         with seeded(self.seed, self._epoch, row["id"]):
-            return self.transform(image, labels)
+            return {**self.transform(image, labels), ID: row["id"]}
 
 
 class PendingExample:
@@ -104,5 +104,5 @@ class PendingExample:
     def __init__(self, dataset: StreamedDataset, row: dict[str, Any], is_filler: bool = False):
         self.dataset, self.row, self.is_filler = dataset, row, is_filler
 
-    def load(self) -> dict[str, Tensor]:
+    def load(self) -> dict[str, Tensor | str]:
         return self.dataset.load(self.row, self.is_filler)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 WEAK_VIEW = "weak_pixel_values"
+ID = "id"  # key of an example's id in what a data set gives, and of the ids of a batch
 
 
 class TrainTransform:
@@ -222,13 +223,14 @@ class TransformedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        example = self.dataset[int(index)]
+    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+        example, donor = self.dataset[int(index)], []
         with seeded(self.seed, int(self._epoch), int(index)):
             if self._donors and torch.rand(()) < self._copy_paste:
-                donor = self.dataset[self._donors[int(torch.randint(len(self._donors), ()))]]
-                return self.transform(example["image"], example["labels"], (donor["image"], donor["labels"]))
-            return self.transform(example["image"], example["labels"])
+                other = self.dataset[self._donors[int(torch.randint(len(self._donors), ()))]]
+                donor = [(other["image"], other["labels"])]
+            views = self.transform(example["image"], example["labels"], *donor)
+        return {**views, ID: example[ID]} if ID in example else views
 
 
 @contextmanager
@@ -241,14 +243,22 @@ def seeded(*parts: int | str) -> Iterator[None]:
         yield
 
 
-def collate(examples: list[dict[str, Tensor] | Any]) -> dict[str, Tensor | list[Tensor]]:
+def collate(
+    examples: list[dict[str, Any] | Any], with_ids: bool = False
+) -> dict[str, Tensor | list[Tensor] | list[str]]:
     """Stack a batch; what differs in size stays a list, because padding would change pooling and attention.
 
     Examples of a [`StreamedDataset`] are loaded here, in the process that wants them.
+
+    Args:
+        examples: of a [`TransformedDataset`] or [`StreamedDataset`].
+        with_ids: keep their ids, as a list of strings under `id`. A model would not know what to do with it.
     """
     examples = [example if isinstance(example, dict) else example.load() for example in examples]
     batch = {key: [example[key] for example in examples] for key in examples[0]}
-    return {
+    ids = batch.pop(ID, None)
+    stacked = {
         key: torch.stack(tensors) if len({tensor.shape for tensor in tensors}) == 1 else tensors
         for key, tensors in batch.items()
     }
+    return {**stacked, ID: ids} if with_ids and ids is not None else stacked

@@ -1,0 +1,118 @@
+"""Checkpoints that are complete or not there, and output folders that belong to one run at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+
+from .errors import InputError
+
+UNFINISHED = ".unfinished"  # in a run's folder: what is being written or deleted
+LOCK = ".lock"
+_CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
+
+
+def is_complete_checkpoint(folder: str | os.PathLike) -> bool:
+    """Whether `folder` is a `checkpoint-STEP` that a training can go on from."""
+    folder = Path(folder)
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return _CHECKPOINT_NAME.fullmatch(folder.name) is not None and (folder / SCHEDULER_NAME).exists()
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    folders = [path for path in Path(output_dir).glob("*") if is_complete_checkpoint(path)]
+    return max(folders, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def clear_unfinished(run_dir: Path) -> None:
+    """Remove the folder of what is being written or deleted, with what a killed process left there."""
+    shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
+
+
+def publish(written: Path, target: Path) -> None:
+    """Have a folder below [`UNFINISHED`] appear under its own name, all at once and safe on the disk."""
+    for path in written.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    if target.exists():  # a run that went on from before it; a folder with files cannot be replaced in one step
+        discard(target)
+    written.rename(target)
+    _sync(target.parent)
+
+
+def publish_files(written: Path, folder: Path) -> None:
+    """Move files into a folder, each of them complete."""
+    for path in sorted(written.iterdir()):
+        _sync(path)
+        path.replace(folder / path.name)
+    written.rmdir()
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint. It loses its name first, so that half of it is never taken for all of it."""
+    doomed = checkpoint.parent / UNFINISHED / f"deleted-{checkpoint.name}"
+    doomed.parent.mkdir(exist_ok=True)
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def discard_old_checkpoints(run_dir: Path, limit: int | None, kept: Collection[str]) -> None:
+    """Discard those of the earliest steps until there are `limit`, if that is a positive number.
+
+    Args:
+        run_dir: folder of the run.
+        limit: how many stay.
+        kept: names of checkpoints that stay in any case, like the one just written and the best one.
+    """
+    checkpoints = [Path(path) for path in sort_checkpoints(str(run_dir))]
+    if limit is None or limit <= 0:
+        return
+    spare = [path for path in checkpoints if path.name not in kept]
+    for checkpoint in spare[: max(0, len(checkpoints) - limit)]:
+        discard(checkpoint)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def claimed(output_dir: str | os.PathLike) -> Iterator[None]:
+    """Make a folder, and keep other runs out of it until the block or the process ends, however that ends.
+
+    Raises:
+        InputError: another run has it.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(folder / LOCK), folder / f"{LOCK}-owner"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+        raise InputError(f"output_dir {folder} is in use by {who}: wait for it, or take another folder") from None
+    try:
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()

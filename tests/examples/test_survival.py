@@ -1,0 +1,161 @@
+"""The program, ended from outside at moments of all kinds, and started again with the same command."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RAW_VOID
+from launching import call, environment_of_launch, launcher
+from safetensors.torch import load_file
+from test_checkpoints import complete
+
+from pals_hf.checkpoints import UNFINISHED
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "run_seg_pals.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import run_seg_pals  # noqa: E402
+
+
+def command(folder, output, max_steps, *options):
+    """The same flags start a run and go on with it."""
+    where = ["--dataset_dir", folder, "--void_labels", RAW_VOID, "--output_dir", output, "--crop_size", "32", "32"]
+    steps = ["--max_steps", max_steps, "--per_device_train_batch_size", 2, "--logging_steps", 1]
+    quiet = ["--eval_strategy", "no", "--disable_tqdm", "True", "--resume_from_checkpoint", "auto"]
+    return list(map(str, [*where, *steps, *quiet, *options]))
+
+
+class Running:
+    """A started program in a process group of its own, what it prints going to a file."""
+
+    def __init__(self, arguments, log, processes=1):
+        program = launcher(SCRIPT, processes) if processes > 1 else [sys.executable, str(SCRIPT)]
+        self.log = Path(log)
+        with open(log, "w") as out:
+            self.process = subprocess.Popen(
+                [*program, *arguments],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**environment_of_launch(), "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,
+            )
+
+    def wait_for(self, condition, pause=0.02):
+        deadline = time.time() + 120
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert time.time() < deadline, self.log.read_text()[-3000:]
+            time.sleep(pause)
+
+    def printed(self, text):
+        return lambda: text in self.log.read_text()
+
+    def end(self, number):
+        os.killpg(self.process.pid, number)
+        return self.finish()
+
+    def finish(self):
+        code = self.process.wait(timeout=120)
+        return code, self.log.read_text()
+
+
+def weights(output):
+    return load_file(output / "model.safetensors")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm(processes, folder, tmp_path):
+    """Saves, says how to go on, and leaves; the resumed run ends as the uninterrupted one."""
+    options = ["--save_steps", 1000]
+    code, printed = Running(command(folder, tmp_path / "whole", 30, *options), tmp_path / "0", processes).finish()
+    assert code == 0, printed[-3000:]
+    assert "starting anew" in printed
+    output = tmp_path / "broken"
+    run = Running(command(folder, output, 30, *options), tmp_path / "1", processes)
+    run.wait_for(run.printed("'loss'"))
+    code, printed = run.end(signal.SIGTERM)
+    (checkpoint,) = complete_or_distributed(output, processes)
+    assert f"told to end: saved {checkpoint}; go on with --resume_from_checkpoint {checkpoint}" in printed
+    assert not (output / "eval_results.json").exists()
+    assert not (output / "model.safetensors").exists()
+    if processes == 1:
+        assert code == 128 + signal.SIGTERM
+        assert "Traceback" not in printed
+    code, printed = Running(command(folder, output, 30, *options), tmp_path / "2", processes).finish()
+    assert code == 0, printed[-3000:]
+    assert f"going on from {checkpoint}" in printed
+    for name, tensor in weights(tmp_path / "whole").items():
+        if processes == 1:
+            assert torch.equal(weights(output)[name], tensor), name
+        else:  # measured: at most 3e-8
+            torch.testing.assert_close(weights(output)[name], tensor, rtol=1e-4, atol=1e-5)
+    results = [json.loads((path / "eval_results.json").read_text()) for path in (tmp_path / "whole", output)]
+    assert results[0]["eval_mean_iou"] == pytest.approx(results[1]["eval_mean_iou"], abs=0 if processes == 1 else 1e-3)
+
+
+def complete_or_distributed(output, processes):
+    return complete(output) if processes == 1 else list(output.glob("checkpoint-*"))
+
+
+def test_two_runs_in_one_folder(folder, tmp_path):
+    """The second refuses, and disturbs nothing."""
+    output = tmp_path / "run"
+    first = Running(command(folder, output, 500, "--save_steps", 1000), tmp_path / "first")
+    first.wait_for(first.printed("'loss'"))
+    before = sorted(path.name for path in output.iterdir())
+    second = call(run_seg_pals.main, *command(folder, output, 500, "--overwrite"))
+    assert second.returncode == 2
+    assert f"error: output_dir {output} is in use by process {first.process.pid} on" in second.stderr
+    assert sorted(path.name for path in output.iterdir()) == before
+    assert first.process.poll() is None
+    first.end(signal.SIGKILL)
+    assert call(run_seg_pals.main, *command(folder, output, 1)).returncode == 0
+
+
+@pytest.mark.slow
+def test_twenty_kills(folder, tmp_path):
+    """SIGKILL at random moments, every second time while a checkpoint is being written: nothing is lost.
+
+    After each, every checkpoint there is can be loaded, and the run goes on from the newest. It ends as the
+    uninterrupted run, bit by bit.
+    """
+    generator, max_steps, kills = random.Random(0), 300, 0
+    options = ["--save_steps", 1, "--save_total_limit", 3]
+    code, printed = Running(command(folder, tmp_path / "whole", max_steps, *options), tmp_path / "whole.log").finish()
+    assert code == 0, printed[-3000:]
+    output, reached, while_writing = tmp_path / "broken", 0, 0
+    while kills < 20:
+        run = Running(command(folder, output, max_steps, *options), tmp_path / f"{kills}.log")
+        run.wait_for(run.printed("'loss'"))
+        if kills % 2:
+            time.sleep(generator.uniform(0.0, 1.0))
+        else:
+            run.wait_for(lambda: list(output.glob(f"{UNFINISHED}/checkpoint-*/*")), pause=0.001)
+            time.sleep(generator.uniform(0.0, 0.03))
+        run.end(signal.SIGKILL)
+        kills += 1
+        while_writing += bool(list(output.glob(f"{UNFINISHED}/checkpoint-*")))
+        steps = [int(path.name.split("-")[1]) for path in complete(output)]
+        assert steps, "no checkpoint is left"
+        assert max(steps) >= reached
+        if reached:
+            assert f"going on from {output / f'checkpoint-{reached}'}" in run.log.read_text()
+        reached = max(steps)
+        assert reached < max_steps, "the run was over before its kills were"
+    print(f"{kills} kills, {while_writing} of them while a checkpoint was being written, {reached} steps reached")
+    assert while_writing >= 5
+    code, printed = Running(command(folder, output, max_steps, *options), tmp_path / "last.log").finish()
+    assert code == 0, printed[-3000:]
+    assert not (output / UNFINISHED).exists()
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(output).items())
+    results = [json.loads((path / "eval_results.json").read_text()) for path in (tmp_path / "whole", output)]
+    assert results[0]["eval_mean_iou"] == results[1]["eval_mean_iou"]
+    assert results[0]["eval_loss"] == results[1]["eval_loss"]

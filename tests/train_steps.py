@@ -1,0 +1,104 @@
+"""Trains and scores in each of the given cuts of a batch: `train_steps.py FOLDER [BATCH_SIZExACCUMULATION ...]`.
+
+Images and their void pixels are the same for every cut; batch norm is frozen and dropout off, so that a batch gives
+one gradient however it is cut up. The optimizer is SGD, whose steps are as close as the gradients are: Adam makes a
+full step of any rounding error where a gradient is zero.
+"""
+
+import json
+import sys
+import weakref
+from pathlib import Path
+
+import torch
+from architectures import AUXILIARY
+from conftest import tiny_segformer, tiny_upernet
+from safetensors.torch import save_file
+from test_trainer import NO_RANDOMNESS, Examples, config, logged
+
+from pals_hf import PALSTrainer
+
+LOSSES = {
+    "pals": {},
+    "ce": {"loss": "ce"},
+    "label smoothing": {"loss": "label_smoothing"},
+    "pals, every option": {
+        "pairs": "same_class",
+        "include_self": False,
+        "void_keys": False,
+        "teacher": "ema",
+        "distill_void": True,
+        "affinity_source": "encoder",
+    },
+}
+NETWORKS = {
+    "segformer": lambda: tiny_segformer(**NO_RANDOMNESS),
+    "upernet": tiny_upernet,
+    "upernet, auxiliary head": lambda: tiny_upernet(**AUXILIARY, auxiliary_in_channels=16),
+}
+STEPS = 3
+
+
+class RecordedExamples(Examples):
+    """Remembers what this process asked for."""
+
+    def __init__(self):
+        super().__init__(8 * STEPS)
+        self.seen = []
+
+    def __getitem__(self, index):
+        self.seen.append(int(index))
+        return super().__getitem__(index)
+
+
+def train(folder, network, loss, batch_size, accumulation):
+    torch.manual_seed(0)
+    args = config(
+        folder,
+        max_steps=STEPS,
+        optim="sgd",
+        learning_rate=0.05,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        freeze_batch_norm=True,
+        **LOSSES[loss],
+    )
+    examples = RecordedExamples()
+    trainer = PALSTrainer(NETWORKS[network](), args, train_dataset=examples)
+    trainer.train()
+    values = {name: logged(trainer, name) for name in ("loss", "grad_norm")}
+    save(folder, trainer, {**values, "seen": examples.seen}, trainer.model.state_dict())
+    return trainer
+
+
+def score(folder):
+    """Seven images of different sizes: on two or three processes some of them are seen twice, and must count once."""
+    torch.manual_seed(0)
+    images = [Examples(index + 1, (32 + 8 * (index % 3), 48))[index] for index in range(7)]
+    trainer = PALSTrainer(tiny_segformer(), config(folder, per_device_eval_batch_size=2), eval_dataset=images)
+    trainer.evaluate()
+    save(folder, trainer, {}, {"counts": trainer.metrics.counts})
+    return trainer
+
+
+def save(folder, trainer, record, tensors):
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"world_size": trainer.accelerator.num_processes, **record}
+    (folder / f"rank-{trainer.accelerator.process_index}.json").write_text(json.dumps(record))
+    if trainer.is_world_process_zero():
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "tensors.safetensors")
+
+
+def main(folder, *cuts):
+    trainer = score(folder / "scored")
+    for cut in cuts:
+        for network in NETWORKS:
+            for loss in LOSSES:
+                trainer = train(folder / f"{cut}, {network}, {loss}", network, loss, *map(int, cut.split("x")))
+    group = weakref.ref(torch.distributed.group.WORLD) if torch.distributed.is_initialized() else None
+    trainer.end()
+    # What outlives this can abort the process when it ends.
+    assert group is None or group() is None, "something holds the process group"
+
+
+main(Path(sys.argv[1]), *sys.argv[2:])
