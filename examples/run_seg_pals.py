@@ -64,6 +64,7 @@ from pals_hf.data.checking import read_pair
 from pals_hf.data.fractions import METHODS
 from pals_hf.data.resizing import cache_resized
 from pals_hf.data.sources import cut_validation
+from pals_hf.data.sparse import label_by_clicks
 from pals_hf.errors import InputError, TrainingError, first_line
 from pals_hf.functional import PADDING_INDEX
 from pals_hf.models import build_image_processor, build_model, predict_mask
@@ -161,6 +162,13 @@ class ScriptArguments(DataArguments):
         default=None,
         metadata={"help": f"{MANIFEST} of another run, or a published list of images: train on exactly these."},
     )
+    label_clicks: int | None = field(
+        default=None,
+        metadata={
+            "help": "Study sparse labels: keep of each training mask only what so many clicks with a brush of 5 x 5 "
+            "pixels would have labelled; the rest is void."
+        },
+    )
     image_size: list[int] | None = field(
         default=None, metadata={"help": "H W: images are resized to it; masks keep their size for scoring."}
     )
@@ -217,10 +225,10 @@ class ScriptArguments(DataArguments):
         if len(chosen) > 1:
             raise InputError(f"give one of {' and '.join(chosen)}, not both")
         if self.streaming:
-            for name in ("train_fraction", "train_count", "num_folds", "tuning_share"):
+            for name in ("train_fraction", "train_count", "num_folds", "tuning_share", "label_clicks"):
                 if getattr(self, name) is not None:
                     raise InputError(
-                        f"{name} needs the list of all images, which a stream has not: give train_manifest"
+                        f"{name} needs the list of all images, which a stream has not (train_manifest brings one)"
                     )
             for name in ("rare_crop", "copy_paste", "cache_images"):
                 if getattr(self, name):
@@ -389,7 +397,10 @@ def load_data(args: ScriptArguments) -> tuple[SegmentationData | SegmentationStr
         manifest = FractionManifest.draw(
             data.train, share, args.split_seed, count=args.train_count, method=args.split_method, **record
         )
-    return replace(data, train=manifest.select(data.train)), manifest
+    train = manifest.select(data.train)
+    if args.label_clicks is not None:
+        train = label_by_clicks(train, args.label_clicks, args.split_seed)
+    return replace(data, train=train), manifest
 
 
 def build_trainer(

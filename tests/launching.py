@@ -8,19 +8,20 @@ import sys
 from types import SimpleNamespace
 
 
-def launcher(script, processes=1, options=()):
+def launcher(script, processes=1, config=None):
     """`accelerate launch`, as a user types it; several real processes need the flags below on a CPU."""
-    several = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"] if processes > 1 else []
-    return [sys.executable, "-m", "accelerate.commands.launch", *several, *map(str, options), str(script)]
+    how = ["--multi_gpu"] if config is None else ["--config_file", str(config), "--mixed_precision", "no"]
+    several = [*how, "--num_processes", str(processes), "--main_process_port", "0"] if processes > 1 else []
+    return [sys.executable, "-m", "accelerate.commands.launch", *several, str(script)]
 
 
 def environment_of_launch():
     return {**os.environ, "ACCELERATE_USE_CPU": "true"}
 
 
-def launch(script, *arguments, processes=1, cwd=None, options=()):
+def launch(script, *arguments, processes=1, cwd=None, config=None):
     """Run it to its end, and return what it printed."""
-    command = [*launcher(script, processes, options), *map(str, arguments)]
+    command = [*launcher(script, processes, config), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment_of_launch(), check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout

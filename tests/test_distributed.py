@@ -11,11 +11,13 @@ import pytest
 import torch
 from launching import launch
 from safetensors.torch import load_file
+from transformers import AutoModelForSemanticSegmentation
 
 SCRIPT = Path(__file__).parent / "train_steps.py"
 CUTS = {1: ["8x1", "2x4"], 2: ["4x1", "2x2"]}  # processes: batch size x accumulation
-NETWORKS = ["segformer", "upernet", "upernet, auxiliary head"]
-LOSSES = ["pals", "ce", "label smoothing", "pals, every option"]
+FSDP = Path(__file__).parents[1] / "examples" / "accelerate_configs" / "fsdp2.yaml"
+RUNS = [f"{network}, {loss}" for network in ("segformer", "upernet") for loss in ("pals", "ce", "label smoothing")]
+RUNS += ["segformer, pals, every option", "upernet, auxiliary head, pals"]
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +33,14 @@ def ranks(folder):
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("network", NETWORKS)
-def test_a_batch_trains_alike_however_it_is_cut_up(network, loss, runs):
+@pytest.mark.parametrize("run", RUNS)
+def test_a_batch_trains_alike_however_it_is_cut_up(run, runs):
     """Measured: losses and gradient norms agree to 2e-6, weights after three steps to 2e-6, see CONTRIBUTING."""
-    expected = runs / "1" / f"8x1, {network}, {loss}"
+    expected = runs / "1" / f"8x1, {run}"
     (whole,), weights = ranks(expected), load_file(expected / "tensors.safetensors")
     for processes, cuts in CUTS.items():
         for cut in cuts:
-            folder = runs / str(processes) / f"{cut}, {network}, {loss}"
+            folder = runs / str(processes) / f"{cut}, {run}"
             records = ranks(folder)
             assert [record["world_size"] for record in records] == [processes] * processes
             seen = [set(record["seen"]) for record in records]
@@ -57,3 +58,26 @@ def test_scores_are_identical(runs):
     assert counts[0].sum() > 0
     assert torch.equal(counts[1], counts[0])
     assert torch.equal(counts[2], counts[0])
+
+
+def test_sharded(runs, tmp_path):
+    """FSDP2 on two processes: the same training, checkpoints that are read like any other, and a resume from one."""
+    launch(SCRIPT, tmp_path, processes=2, config=FSDP)
+    expected = runs / "1" / "8x1, segformer, pals"
+    (whole,), weights = ranks(expected), load_file(expected / "tensors.safetensors")
+    folder = tmp_path / "4x1, segformer, pals"
+    records = ranks(folder)
+    assert [record["world_size"] for record in records] == [2, 2]
+    assert not set(records[0]["seen"]) & set(records[1]["seen"])
+    assert records[0]["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert records[0]["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+    for name, tensor in load_file(folder / "tensors.safetensors").items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-5, atol=1e-6, msg=name)
+    saved, resumed = tmp_path / "saved", tmp_path / "resumed"
+    assert ranks(resumed)[0]["loss"] == ranks(saved)[0]["loss"]
+    weights = load_file(saved / "tensors.safetensors")
+    for name, tensor in load_file(resumed / "tensors.safetensors").items():
+        assert torch.equal(tensor, weights[name]), name
+    for checkpoint in (saved / "checkpoint-3", resumed):
+        loaded = AutoModelForSemanticSegmentation.from_pretrained(checkpoint).state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())

@@ -1,20 +1,27 @@
 """Trains and scores in each of the given cuts of a batch: `train_steps.py FOLDER [BATCH_SIZExACCUMULATION ...]`.
 
+Started with a config of FSDP, it shards: Accelerate does that on GPUs only, so it is told that these processes have
+some.
+
 Images and their void pixels are the same for every cut; batch norm is frozen and dropout off, so that a batch gives
 one gradient however it is cut up. The optimizer is SGD, whose steps are as close as the gradients are: Adam makes a
 full step of any rounding error where a gradient is zero.
 """
 
 import json
+import os
 import sys
 import weakref
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from architectures import AUXILIARY
 from conftest import tiny_segformer, tiny_upernet
 from safetensors.torch import save_file
 from test_trainer import NO_RANDOMNESS, Examples, config, logged
+from torch.distributed.tensor import DTensor
 
 from pals_hf import PALSTrainer
 
@@ -36,7 +43,10 @@ NETWORKS = {
     "upernet": tiny_upernet,
     "upernet, auxiliary head": lambda: tiny_upernet(**AUXILIARY, auxiliary_in_channels=16),
 }
+RUNS = [(network, loss) for network in ("segformer", "upernet") for loss in ("pals", "ce", "label smoothing")]
+RUNS += [("segformer", "pals, every option"), ("upernet, auxiliary head", "pals")]
 STEPS = 3
+IS_SHARDED = os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 class RecordedExamples(Examples):
@@ -51,23 +61,39 @@ class RecordedExamples(Examples):
         return super().__getitem__(index)
 
 
-def train(folder, network, loss, batch_size, accumulation):
+def train(folder, network, loss, batch_size, accumulation, **options):
     torch.manual_seed(0)
     args = config(
         folder,
         max_steps=STEPS,
-        optim="sgd",
         learning_rate=0.05,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
         freeze_batch_norm=True,
-        **LOSSES[loss],
+        **{"optim": "sgd", **LOSSES[loss], **options},
     )
+    if IS_SHARDED:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     examples = RecordedExamples()
     trainer = PALSTrainer(NETWORKS[network](), args, train_dataset=examples)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=options.get("resume_from_checkpoint"))
     values = {name: logged(trainer, name) for name in ("loss", "grad_norm")}
-    save(folder, trainer, {**values, "seen": examples.seen}, trainer.model.state_dict())
+    weights = trainer.model.state_dict()
+    if IS_SHARDED:
+        assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+        weights = {n: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for n, tensor in weights.items()}
+    save(folder, trainer, {**values, "seen": examples.seen}, weights)
+    return trainer
+
+
+def train_sharded(folder):
+    """Once as the others; then with checkpoints, and once more from one of them."""
+    train(folder / "4x1, segformer, pals", "segformer", "pals", 4, 1)
+    saving = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1}  # SGD has no state to be saved
+    train(folder / "saved", "segformer", "pals", 4, 1, **saving)
+    resume = {"resume_from_checkpoint": str(folder / "saved" / "checkpoint-2"), "save_strategy": "no"}
+    trainer = train(folder / "resumed", "segformer", "pals", 4, 1, **{**saving, **resume})
+    trainer.save_model()
     return trainer
 
 
@@ -90,15 +116,14 @@ def save(folder, trainer, record, tensors):
 
 
 def main(folder, *cuts):
-    trainer = score(folder / "scored")
+    trainer = train_sharded(folder) if IS_SHARDED else score(folder / "scored")
     for cut in cuts:
-        for network in NETWORKS:
-            for loss in LOSSES:
-                trainer = train(folder / f"{cut}, {network}, {loss}", network, loss, *map(int, cut.split("x")))
+        for network, loss in RUNS:
+            trainer = train(folder / f"{cut}, {network}, {loss}", network, loss, *map(int, cut.split("x")))
     group = weakref.ref(torch.distributed.group.WORLD) if torch.distributed.is_initialized() else None
     trainer.end()
-    # What outlives this can abort the process when it ends.
-    assert group is None or group() is None, "something holds the process group"
+    # What outlives this can abort the process when it ends. Sharded weights have their group as long as they live.
+    assert IS_SHARDED or group is None or group() is None, "something holds the process group"
 
 
 main(Path(sys.argv[1]), *sys.argv[2:])

@@ -13,6 +13,8 @@ KINDS = {
     "one_gpu": (DistributedType.NO, 1),
     "several_gpus": (DistributedType.MULTI_GPU, 4),
     "several_machines": (DistributedType.MULTI_GPU, 8),
+    "fsdp2": (DistributedType.FSDP, 4),
+    "deepspeed_zero2": (DistributedType.DEEPSPEED, 4),
 }
 
 

@@ -177,6 +177,13 @@ class TestFolder:
         assert len(results["eval_reliability"]) == 15
         assert len(results["eval_per_category_boundary_iou"]) == 4
 
+    def test_sparse_labels(self, folder, tmp_path):
+        """The manifest says which images; of their masks a few clicks are left, and the rest is distilled."""
+        options = ["--label_clicks", "2", "--distill_void", "True", "--logging_steps", "1"]
+        run_seg_pals.main(on_folder(folder, tmp_path / "run", *options, *SHORT))
+        assert read(tmp_path / "run" / "trainer_state.json")["log_history"][0]["loss_void"] > 0
+        assert read(tmp_path / "run" / "train_fraction.json")["available"] == 8
+
     def test_folds(self, folder, tmp_path):
         run_seg_pals.main(on_folder(folder, tmp_path / "run", "--num_folds", "4", "--fold", "1", *SHORT))
         assert read(tmp_path / "run" / "train_fraction.json")["available"] in (9, 10)
@@ -348,6 +355,8 @@ class TestWrongInput:
             (["--eval_overlap", "1"], ["eval_overlap must lie in [0, 1)"]),
             (["--cache_images"], ["give an image_size"]),
             (["--streaming"], ["crop_size"]),
+            (["--label_clicks", "0"], ["label_clicks must be at least 1, got 0"]),
+            (["--streaming", "--label_clicks", "2"], ["label_clicks", "a stream has not"]),
             (["--streaming", "--train_fraction", "0.5"], ["train_fraction", "train_manifest"]),
             (["--streaming", "--crop_size", "8", "8", "--class_weighting", "inverse"], ["class_pixels"]),
             (["--output_stride", "8"], ["SegFormer has none to choose"]),

@@ -62,7 +62,7 @@ class Running:
         return self.finish()
 
     def finish(self):
-        code = self.process.wait(timeout=120)
+        code = self.process.wait(timeout=300)
         return code, self.log.read_text()
 
 
@@ -126,7 +126,7 @@ def test_twenty_kills(folder, tmp_path):
     After each, every checkpoint there is can be loaded, and the run goes on from the newest. It ends as the
     uninterrupted run, bit by bit.
     """
-    generator, max_steps, kills = random.Random(0), 300, 0
+    generator, max_steps, kills = random.Random(0), 120, 0
     options = ["--save_steps", 1, "--save_total_limit", 3]
     code, printed = Running(command(folder, tmp_path / "whole", max_steps, *options), tmp_path / "whole.log").finish()
     assert code == 0, printed[-3000:]
@@ -134,6 +134,7 @@ def test_twenty_kills(folder, tmp_path):
     while kills < 20:
         run = Running(command(folder, output, max_steps, *options), tmp_path / f"{kills}.log")
         run.wait_for(run.printed("'loss'"))
+        run.wait_for(lambda: list(output.glob("checkpoint-*")))
         if kills % 2:
             time.sleep(generator.uniform(0.0, 1.0))
         else:
