@@ -26,15 +26,17 @@ import itertools
 import json
 import platform
 import shutil
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+import run_seg_pals
 import yaml
 from run_seg_pals import fail, to_argv
 from tqdm import tqdm
@@ -42,7 +44,6 @@ from tqdm import tqdm
 from pals_hf.checkpoints import last_complete_checkpoint
 from pals_hf.errors import InputError
 
-SCRIPT = Path(__file__).with_name("run_seg_pals.py")
 PACKAGES = ("pals_hf", "torch", "torchvision", "transformers", "datasets", "accelerate")
 
 
@@ -118,12 +119,7 @@ def run_cell(cell: Cell, output_dir: Path, num_threads: int) -> dict[str, Any]:
     go_on = last_complete_checkpoint(folder) is not None
     flags = {**cell.flags, "output_dir": str(folder), "num_threads": num_threads, "disable_tqdm": True}
     how = ["--resume_from_checkpoint", "last"] if go_on else ["--overwrite"]
-    with open(f"{folder}.log", "a", encoding="utf-8") as log:
-        command = [sys.executable, str(SCRIPT), *to_argv(flags), *how]
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-    if code != 0:
-        lines = Path(f"{folder}.log").read_text(encoding="utf-8").strip().splitlines()
-        raise RuntimeError(f"{cell.name} ended with exit code {code}: {lines[-1] if lines else 'no output'}")
+    train_here([*to_argv(flags), *how], Path(f"{folder}.log"))
     metrics = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
     return {
         "place": cell.place,
@@ -135,6 +131,25 @@ def run_cell(cell: Cell, output_dir: Path, num_threads: int) -> dict[str, Any]:
         "machine": machine(num_threads),
         "versions": versions(),
     }
+
+
+def train_here(argv: list[str], log: Path) -> None:
+    """Train in this process, which ends with Ray's: no training outlives its sweep.
+
+    Raises:
+        RuntimeError: it failed; the message is the last line of its log.
+    """
+    with open(log, "a", encoding="utf-8") as out, redirect_stdout(out), redirect_stderr(out):
+        try:
+            run_seg_pals.main(argv)
+            return
+        except SystemExit as stop:
+            code = stop.code
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    lines = log.read_text(encoding="utf-8").strip().splitlines()
+    raise RuntimeError(f"exit code {code}: {lines[-1] if lines else 'no output'}, see {log}")
 
 
 def machine(num_threads: int) -> dict[str, Any]:
@@ -180,9 +195,10 @@ def run_cells(
     ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         cpus = cpus_per_cell or int(min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]))
-        remote = ray.remote(run_cell).options(
-            num_cpus=cpus, num_gpus=gpus_per_cell, max_retries=retries, retry_exceptions=True
-        )
+        # One cell a process: what a training leaves behind - memory, threads, a state of its own - ends with it.
+        remote = ray.remote(
+            num_cpus=cpus, num_gpus=gpus_per_cell, max_retries=retries, retry_exceptions=True, max_calls=1
+        )(run_cell)
         running = {remote.remote(cell, output_dir.resolve(), cpus): cell for cell in wanted}
         while running:
             (ready, *_), _ = ray.wait(list(running))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from architectures import AUXILIARY
 from conftest import ARCHITECTURES, NUM_LABELS, RAW_VOID, tiny_mobilenet_v2, tiny_segformer, tiny_upernet
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForSemanticSegmentation,
@@ -367,6 +368,18 @@ class TestTraining:
             losses.append((logged(trainer, "loss"), logged(trainer, "grad_norm")))
         assert losses[0][0] == pytest.approx(losses[1][0])
         assert losses[0][1] == pytest.approx(losses[1][1], rel=1e-4)
+
+    def test_compiled(self, tmp_path):
+        """The tap hears inside of a compiled network: a backend that generates no code shows it sooner."""
+        values = []
+        for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+            torch.manual_seed(0)
+            args = config(tmp_path, max_steps=2, **compiled)
+            trainer = PALSTrainer(tiny_segformer(**NO_RANDOMNESS), args, train_dataset=Examples())
+            trainer.train()
+            values.append(logged(trainer, "loss") + logged(trainer, "grad_norm"))
+            assert bool(compiled) == isinstance(trainer.model_wrapped, OptimizedModule)
+        assert values[1] == pytest.approx(values[0], rel=1e-4)
 
     def test_bf16(self, tmp_path):
         trainer = PALSTrainer(tiny_segformer(), config(tmp_path, bf16=True, use_cpu=True), train_dataset=Examples())
