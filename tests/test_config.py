@@ -93,3 +93,10 @@ def test_the_token_is_in_no_pickle_and_no_json(tmp_path):
 def test_padding_must_be_told_from_void(tmp_path):
     with pytest.raises(InputError, match="distill_void needs another ignore_index than -1"):
         PALSConfig(tmp_path, distill_void=True, ignore_index=-1)
+
+
+def test_processes_that_would_train_side_by_side(tmp_path, monkeypatch):
+    """As `accelerate launch` starts several without GPUs, when it is not told."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"2 processes were started, but each .* set ACCELERATE_USE_CPU=true"):
+        PALSConfig(tmp_path)

@@ -16,6 +16,7 @@ pytest.importorskip("ray")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import run_seg_pals  # noqa: E402
 import sweep  # noqa: E402
 
 from pals_hf.errors import InputError  # noqa: E402
@@ -108,6 +109,9 @@ def test_is_cut_and_goes_on(folder, tmp_path):
     assert "was made with other flags than the recipe has now" in errors
 
 
-def test_the_sweep_of_the_examples():
-    cells = sweep.read_cells(EXAMPLES / "sweeps" / "builtin.yaml")
+@pytest.mark.parametrize("name", ["builtin", "camvid"])
+def test_the_sweeps_of_the_examples(name):
+    cells = sweep.read_cells(EXAMPLES / "sweeps" / f"{name}.yaml")
     assert len(cells) == 8
+    for cell in cells:
+        run_seg_pals.parse_arguments(run_seg_pals.to_argv(cell.flags))
