@@ -11,8 +11,9 @@ from types import SimpleNamespace
 def launcher(script, processes=1, config=None):
     """`accelerate launch`, as a user types it; several real processes need the flags below on a CPU."""
     how = ["--multi_gpu"] if config is None else ["--config_file", str(config), "--mixed_precision", "no"]
-    several = [*how, "--num_processes", str(processes), "--main_process_port", "0"] if processes > 1 else []
-    return [sys.executable, "-m", "accelerate.commands.launch", *several, str(script)]
+    several = ["--num_processes", str(processes), "--main_process_port", "0"] if processes > 1 else []
+    how = how if several or config is not None else []
+    return [sys.executable, "-m", "accelerate.commands.launch", *how, *several, str(script)]
 
 
 def environment_of_launch():
