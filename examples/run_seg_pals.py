@@ -34,10 +34,7 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from PIL.Image import Image, fromarray
-from safetensors import SafetensorError
 from transformers import (
-    AutoImageProcessor,
-    AutoModelForSemanticSegmentation,
     BaseImageProcessor,
     EarlyStoppingCallback,
     HfArgumentParser,
@@ -65,9 +62,10 @@ from pals_hf.data.fractions import METHODS
 from pals_hf.data.resizing import cache_resized
 from pals_hf.data.sources import cut_validation
 from pals_hf.data.sparse import label_by_clicks
-from pals_hf.errors import InputError, TrainingError, first_line
+from pals_hf.errors import InputError, TrainingError
 from pals_hf.functional import PADDING_INDEX
-from pals_hf.models import build_image_processor, build_model, predict_mask
+from pals_hf.inference import load_for_inference, predict
+from pals_hf.models import build_image_processor, build_model
 from pals_hf.visualize import prediction_sheet, training_curves
 
 MANIFEST = "train_fraction.json"
@@ -411,7 +409,7 @@ def build_trainer(
 ) -> PALSTrainer:
     set_seed(config.seed)  # a new head is the same for every loss
     if args.eval_only:
-        model, processor = load_finished(args.model_name_or_path, data.id2label)
+        model, processor = load_finished(args.model_name_or_path, data.id2label, "cpu")
     else:
         model = build_model(args.model_name_or_path, data.id2label, args.output_stride)
         processor = build_image_processor(args.model_name_or_path, args.image_size)
@@ -492,13 +490,11 @@ def build_augmentation(
     )
 
 
-def load_finished(checkpoint: str, id2label: dict[int, str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A trained model exactly as `from_pretrained` gives it to its users."""
-    try:
-        model = AutoModelForSemanticSegmentation.from_pretrained(checkpoint)
-        processor = AutoImageProcessor.from_pretrained(checkpoint)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"cannot load {checkpoint!r}: {first_line(error)}") from error
+def load_finished(
+    checkpoint: str, id2label: dict[int, str], device: str | torch.device
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """A trained model for these classes, exactly as `from_pretrained` gives it to its users."""
+    model, processor = load_for_inference(checkpoint, device)
     if model.config.num_labels != len(id2label):
         raise InputError(f"{checkpoint} knows {model.config.num_labels} classes, the data set {len(id2label)}")
     return model, processor
@@ -552,9 +548,8 @@ def report(
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
-    model, processor = load_finished(checkpoint, data.id2label)
-    model.to(trainer.args.device)
-    rows = [(*pair, predict_mask(model, processor, pair[0])) for pair in some_pairs(data)]
+    model, processor = load_finished(checkpoint, data.id2label, trainer.args.device)
+    rows = [(*pair, predict(model, processor, [pair[0]])[0].mask) for pair in some_pairs(data)]
     prediction_sheet(rows, data.id2label, folder / "predictions.png", data.colors)
     if is_matplotlib_available() and trainer.state.log_history:
         training_curves(trainer.state.log_history, folder / "curves.png")

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
 from .errors import InputError, first_line
-from .functional import upsample, upsample_argmax
+from .functional import upsample
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
@@ -372,11 +372,3 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
         if name and isinstance(getattr(model, name, None), nn.Module):
             return getattr(model, name)
     raise InputError(f"{type(model).__name__} has no backbone that could be told from its head")
-
-
-@torch.inference_mode()
-def predict_mask(model: PreTrainedModel, processor: BaseImageProcessor, image: Image.Image) -> Tensor:
-    """Class indices `(H, W)` for one picture at its own size, as evaluation and `pipeline` predict them."""
-    pixel_values = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"].to(model.device)
-    logits = model(pixel_values=pixel_values).logits
-    return upsample_argmax(logits, (image.height, image.width))[0].cpu()

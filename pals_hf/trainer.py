@@ -41,7 +41,7 @@ from .data import ID, WEAK_VIEW, StreamedDataset, collate
 from .data.balance import class_weights
 from .errors import InputError, TrainingError, first_line
 from .functional import is_labelled, soft_label_cross_entropy, upsample_argmax
-from .inference import window_logits
+from .inference import image_logits
 from .losses import CrossEntropyLoss, LabelSmoothingLoss, PALSLoss, SegmentationLoss
 from .metrics import SegmentationMetrics, confusion_matrix, nan_to_none
 from .models import ClassifierTap, Reading, backbone_of, encoder_features, patch_size_of
@@ -546,10 +546,7 @@ class PALSTrainer(Trainer):
         """Logits `(C, h, w)` image by image; images of different sizes go through the network one at a time."""
         batches = [pixel_values] if isinstance(pixel_values, Tensor) else [image[None] for image in pixel_values]
         for batch in batches:
-            if self.args.eval_window is None:
-                yield from model(pixel_values=batch).logits
-            else:
-                yield from window_logits(model, batch, self.args.eval_window, self.args.eval_overlap)
+            yield from image_logits(model, batch, self.args.eval_window, self.args.eval_overlap)
 
     def _stream_metrics(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, Any]:
         self.metrics.add_counts(prediction.predictions)

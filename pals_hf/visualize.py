@@ -1,9 +1,10 @@
-"""Pictures of a run: predictions beside the truth, and the training curves."""
+"""Pictures: predictions beside the truth, over the image or on their own, uncertainty, and training curves."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +16,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _GAP = 4
+_FONT_SIZE = 12
 _TITLE_HEIGHT = 18
 _MIN_ROW_HEIGHT = 120  # small images are enlarged, so that a sheet can be looked at
+_LINES = 40  # of a legend beside a large picture: its letters grow with the picture
+_OPACITY = 0.5  # of the colours over a picture
+# Dark is sure, bright is not; evenly spaced, between them colours are mixed.
+_HEAT = np.array([(0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191)], dtype=float)
 
 
 def palette(num_labels: int, own: Sequence[tuple[int, int, int]] | None = None) -> np.ndarray:
@@ -51,13 +57,13 @@ def prediction_sheet(
         path: the PNG to write.
         own_colors: colours of the classes, if the data set has its own.
     """
-    colors, font = palette(len(id2label), own_colors), ImageFont.load_default(size=12)
+    colors, font = palette(len(id2label), own_colors), ImageFont.load_default(size=_FONT_SIZE)
     scale = max(1, -(-_MIN_ROW_HEIGHT // rows[0][0].height))
     sizes = [(row[0].width * scale, row[0].height * scale) for row in rows]
-    column, legend_width = max(width for width, _ in sizes), 130
-    height = max(_TITLE_HEIGHT + sum(tall + _GAP for _, tall in sizes), _TITLE_HEIGHT * (len(id2label) + 2))
-    columns = len(rows[0])
-    sheet = Image.new("RGB", (columns * (column + _GAP) + legend_width, height), "white")
+    column, columns = max(width for width, _ in sizes), len(rows[0])
+    names = legend((name, colors[index]) for index, name in [*id2label.items(), (IGNORE_INDEX, "void")])
+    height = _TITLE_HEIGHT + max(sum(tall + _GAP for _, tall in sizes), names.height)
+    sheet = Image.new("RGB", (columns * (column + _GAP) + names.width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for index, title in enumerate(("image", "truth", "prediction")[:columns]):
         draw.text((index * (column + _GAP) + 2, 2), title, fill="black", font=font)
@@ -71,11 +77,70 @@ def prediction_sheet(
             method = Image.Resampling.BILINEAR if index == 0 else Image.Resampling.NEAREST
             sheet.paste(picture.resize(size, method), (index * (column + _GAP), y))
         y += size[1] + _GAP
-    for line, (index, name) in enumerate([*id2label.items(), (IGNORE_INDEX, "void")]):
-        x, top = columns * (column + _GAP) + 4, _TITLE_HEIGHT * (line + 1)
-        draw.rectangle([x, top + 2, x + 12, top + 14], fill=tuple(colors[index].tolist()))
-        draw.text((x + 18, top), name, fill="black", font=font)
+    sheet.paste(names, (columns * (column + _GAP), _TITLE_HEIGHT))
     sheet.save(path)
+
+
+def legend(entries: Iterable[tuple[str, Sequence[int]]], font_size: int = _FONT_SIZE) -> Image.Image:
+    """Squares of colours, each with its name, one below the other on white; RGB."""
+    entries, font = list(entries), ImageFont.load_default(size=font_size)
+    line = _TITLE_HEIGHT * font_size // _FONT_SIZE
+    width = 2 * line + math.ceil(max((font.getlength(name) for name, _ in entries), default=0))
+    picture = Image.new("RGB", (width, line * len(entries)), "white")
+    draw = ImageDraw.Draw(picture)
+    for index, (name, color) in enumerate(entries):
+        top = index * line + line // 9
+        draw.rectangle([_GAP, top, _GAP + font_size, top + font_size], fill=tuple(int(value) for value in color))
+        draw.text((_GAP + font_size + line // 3, index * line), name, fill="black", font=font)
+    return picture
+
+
+def overlay(
+    image: Image.Image,
+    mask: np.ndarray | Tensor,
+    id2label: dict[int, str],
+    own_colors: Sequence[tuple[int, int, int]] | None = None,
+) -> Image.Image:
+    """A picture under the colours of its classes, and a legend of those that it shows.
+
+    Args:
+        image: the picture.
+        mask: its class indices `(H, W)`.
+        id2label: class index to name.
+        own_colors: colours of the classes, if the data set has its own.
+    """
+    colors, mask = palette(len(id2label), own_colors), np.asarray(mask, dtype=np.uint8)
+    covered = Image.blend(image.convert("RGB"), Image.fromarray(colors[mask]), _OPACITY)
+    return _beside_legend(covered, [(id2label[index], colors[index]) for index in np.unique(mask).tolist()])
+
+
+def index_picture(
+    mask: np.ndarray | Tensor, num_labels: int, own_colors: Sequence[tuple[int, int, int]] | None = None
+) -> Image.Image:
+    """Class indices `(H, W)` as a palette picture: its values are the indices, and it opens in their colours."""
+    picture = Image.fromarray(np.asarray(mask, dtype=np.uint8))
+    picture.putpalette(palette(num_labels, own_colors).tobytes())
+    return picture
+
+
+def heat_map(uncertainty: np.ndarray | Tensor) -> Image.Image:
+    """Values `(H, W)` from 0 (dark) to 1 (bright) as colours, with a scale beside them."""
+    scale = [(f"{value:.2f}", _heat(np.array(value))) for value in (1.0, 0.75, 0.5, 0.25, 0.0)]
+    return _beside_legend(Image.fromarray(_heat(np.asarray(uncertainty))), scale)
+
+
+def _heat(values: np.ndarray) -> np.ndarray:
+    """Values from 0 to 1 as colours, uint8 `(..., 3)`."""
+    steps = np.linspace(0, 1, len(_HEAT))
+    return np.stack([np.interp(values, steps, channel) for channel in _HEAT.T], axis=-1).round().astype(np.uint8)
+
+
+def _beside_legend(picture: Image.Image, entries: Sequence[tuple[str, Sequence[int]]]) -> Image.Image:
+    names = legend(entries, max(_FONT_SIZE, picture.height // _LINES))
+    both = Image.new("RGB", (picture.width + names.width, max(picture.height, names.height)), "white")
+    both.paste(picture, (0, 0))
+    both.paste(names, (picture.width, 0))
+    return both
 
 
 def training_curves(log_history: list[dict[str, Any]], path: str | os.PathLike) -> None:

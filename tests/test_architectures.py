@@ -12,7 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 
 from pals_hf import PALSConfig, PALSLoss, PALSTrainer
 from pals_hf.config import AFFINITY_SOURCES
-from pals_hf.models import ClassifierTap, build_image_processor, predict_mask
+from pals_hf.inference import predict
+from pals_hf.models import ClassifierTap, build_image_processor
 
 EVERY = pytest.mark.parametrize("architecture", BUILDERS)
 
@@ -100,7 +101,7 @@ def test_saves_loads_and_serves_a_pipeline(architecture, tmp_path):
     torch.testing.assert_close(loaded(images).logits, model(images).logits, rtol=1e-4, atol=1e-5)
     picture = Image.effect_noise((50, 40), 80).convert("RGB")
     found = pipeline("image-segmentation", model=str(tmp_path))(picture)
-    mask = predict_mask(loaded, processor, picture)
+    mask = predict(loaded, processor, [picture])[0].mask
     assert {loaded.config.label2id[segment["label"]] for segment in found} == set(mask.unique().tolist())
     for segment in found:
         expected = mask == loaded.config.label2id[segment["label"]]

@@ -6,7 +6,6 @@ from conftest import NUM_LABELS, tiny_segformer, tiny_upernet
 from PIL import Image
 from torch import nn
 from transformers import (
-    AutoModelForSemanticSegmentation,
     Mask2FormerConfig,
     MobileNetV2ImageProcessor,
     SegformerImageProcessor,
@@ -19,7 +18,6 @@ from pals_hf.models import (
     build_image_processor,
     build_model,
     encoder_features,
-    predict_mask,
     refuse_unsuitable,
 )
 
@@ -259,11 +257,3 @@ def test_no_backbone_to_be_told():
     model.base_model_prefix = "elsewhere"
     with pytest.raises(InputError, match="no backbone"):
         backbone_of(model)
-
-
-def test_predict_mask(any_model, tmp_path):
-    any_model.eval().save_pretrained(tmp_path)
-    loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
-    mask = predict_mask(loaded, build_image_processor(None, (32, 64)), Image.new("L", (50, 30), 90))
-    assert mask.shape == (30, 50)
-    assert 0 <= mask.min() <= mask.max() < NUM_LABELS

@@ -29,8 +29,9 @@ from pals_hf.data import EvalTransform, TrainTransform, TransformedDataset, coll
 from pals_hf.data.balance import class_weights
 from pals_hf.errors import InputError
 from pals_hf.functional import PADDING_INDEX, upsample
+from pals_hf.inference import predict
 from pals_hf.losses import PRESETS, CrossEntropyLoss
-from pals_hf.models import ClassifierTap, build_image_processor, predict_mask
+from pals_hf.models import ClassifierTap, build_image_processor
 from pals_hf.trainer import compute_loss_func
 
 NO_RANDOMNESS = {"classifier_dropout_prob": 0.0, "drop_path_rate": 0.0, "hidden_dropout_prob": 0.0}
@@ -501,7 +502,7 @@ class TestEvaluation:
             mask = torch.full((example["image"].height, example["image"].width), -1)
             for segment_of_class in segment(example["image"]):
                 mask[torch.from_numpy(np.array(segment_of_class["mask"])) > 0] = label2id[segment_of_class["label"]]
-            assert torch.equal(mask, predict_mask(model, processor, example["image"]))
+            assert torch.equal(mask, predict(model, processor, [example["image"]])[0].mask)
             metrics.update(mask, torch.from_numpy(np.array(example["labels"])))
         assert torch.equal(metrics.counts, trainer.metrics.counts)
         assert metrics.compute()["mean_iou"] == results["eval_mean_iou"]
