@@ -44,7 +44,7 @@ from transformers import (
 from transformers.utils import is_matplotlib_available
 
 from pals_hf import PALSConfig, PALSTrainer, load_segmentation_dataset
-from pals_hf.checkpoints import claimed, is_complete_checkpoint, last_complete_checkpoint
+from pals_hf.checkpoints import claimed, discard_after, is_complete_checkpoint, last_complete_checkpoint
 from pals_hf.data import (
     IGNORE_INDEX,
     EvalTransform,
@@ -347,6 +347,19 @@ def choose_output_dir(args: ScriptArguments, config: PALSConfig) -> None:
         raise InputError(
             f"output_dir {folder} already holds a run: use --overwrite, --resume_from_checkpoint or another folder"
         )
+    refuse_other_history(folder, args, config)
+
+
+def refuse_other_history(folder: Path, args: ScriptArguments, config: PALSConfig) -> None:
+    """One history a folder: later checkpoints than the one that the run goes on from would be taken for its own."""
+    newest = last_complete_checkpoint(folder)
+    chosen = Path(config.resume_from_checkpoint) if goes_on_in(folder, config) else None
+    if newest is None or args.overwrite or args.eval_only or (chosen is not None and newest.name == chosen.name):
+        return
+    raise InputError(
+        f"output_dir {folder} holds {newest.name}, which is not what the run would go on from: "
+        "use --resume_from_checkpoint last, --overwrite to discard it, or another folder"
+    )
 
 
 def find_checkpoint(resume: str, output_dir: str) -> Path | None:
@@ -513,9 +526,12 @@ def prepare_output_dir(
         if recorded.exists() and FractionManifest.load(recorded) != manifest:
             raise InputError(f"{config.resume_from_checkpoint} was trained on other images: see {recorded}")
     if is_main_process():
+        refuse_other_history(folder, args, config)  # another run may have been here while the data was loaded
         if not goes_on_in(folder, config):
             for path in files_of_a_run(folder):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        else:
+            discard_after(Path(config.resume_from_checkpoint))
         if manifest is not None:
             manifest.save(folder / MANIFEST)
         if not args.streaming and data.skipped:
@@ -533,7 +549,7 @@ def train(trainer: PALSTrainer) -> None:
 
 def leave(trainer: PALSTrainer) -> NoReturn:
     """End a run that was told to, and say how it goes on."""
-    checkpoint = last_complete_checkpoint(trainer.args.output_dir)
+    checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
     trainer.end()
     if is_main_process():
         print(f"told to end: saved {checkpoint}; go on with --resume_from_checkpoint {checkpoint}", flush=True)

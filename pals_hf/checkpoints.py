@@ -17,8 +17,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .errors import InputError
 
-UNFINISHED = ".unfinished"  # in a run's folder: what is being written or deleted
-LOCK = ".lock"
+# In a run's folder. What begins with an underscore is not pushed to the Hub.
+UNFINISHED = "_unfinished"  # what is being written or deleted
+LOCK = "_lock"
+_REPLACED = "replaced-"
 _CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
@@ -40,6 +42,10 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
 
 def clear_unfinished(run_dir: Path) -> None:
     """Remove the folder of what is being written or deleted, with what a killed process left there."""
+    for old in (run_dir / UNFINISHED).glob(f"{_REPLACED}*"):  # killed before the new one had the name
+        target = run_dir / old.name.removeprefix(_REPLACED)
+        if not target.exists():
+            old.rename(target)
     shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
 
 
@@ -48,10 +54,12 @@ def publish(written: Path, target: Path) -> None:
     for path in written.rglob("*"):
         if path.is_file():
             _sync(path)
-    if target.exists():  # a run that went on from before it; a folder with files cannot be replaced in one step
-        discard(target)
+    old = written.parent / f"{_REPLACED}{target.name}"
+    if target.exists():  # a folder with files cannot be replaced in one step
+        target.rename(old)
     written.rename(target)
     _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def publish_files(written: Path, folder: Path) -> None:
@@ -69,6 +77,14 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def discard_after(checkpoint: Path) -> None:
+    """Discard the checkpoints of later steps than this one: a run goes on from it."""
+    step = int(checkpoint.name.rsplit("-", 1)[1])
+    for path in checkpoint.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if _CHECKPOINT_NAME.fullmatch(path.name) and int(path.name.rsplit("-", 1)[1]) > step:
+            discard(path)
 
 
 def discard_old_checkpoints(run_dir: Path, limit: int | None, kept: Collection[str]) -> None:

@@ -33,13 +33,15 @@ def keep_step(folder: Path, batches: list[dict[str, Any]], model: nn.Module | No
 
 
 def images_of(batches: list[dict[str, Any]]) -> list[str]:
-    return [identifier for batch in batches for identifier in batch.get(ID, [])]
+    return [str(identifier) for batch in batches for identifier in batch.get(ID, [])]
 
 
 def likely_cause(batches: list[dict[str, Any]], model: nn.Module) -> str:
     """What to look at first."""
     if not all(batch["pixel_values"].isfinite().all() for batch in batches):
         return "the images hold values that are not finite"
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+    # Of sharded weights this process looks at its own part.
+    weights = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters())
+    if not all(part.isfinite().all() for part in weights):
         return "the network's weights are not finite any more: lower learning_rate or max_grad_norm"
     return "images and weights are finite: lower learning_rate, or train in bf16 or float32 if this is fp16"

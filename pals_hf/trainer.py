@@ -144,11 +144,25 @@ class PALSTrainer(Trainer):
         self._loss_parts: Counter[str] = Counter()
         self._labels_checked = False
         self._micro_batches: list[tuple[Tensor, dict[str, Any]]] = []  # of the step at hand: loss and inputs
-        self._staging = False
-        self.terminated = False
+        self._staging, self._saved_step = False, -1
+        self._heard_sigterm = self.terminated = False
         self._average = self._start_average(self.model)
         self._check_padding()
         self.add_callback(_TrainingCallback(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's, which SIGTERM ends after the step at hand."""
+        self._heard_sigterm = self.terminated = False
+        if threading.current_thread() is not threading.main_thread():  # no other can listen
+            return super().train(*args, **kwargs)
+        before = signal.signal(signal.SIGTERM, self._hear_sigterm)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _hear_sigterm(self, *_: Any) -> None:
+        self._heard_sigterm = True
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         model = super().call_model_init(trial)
@@ -207,7 +221,8 @@ class PALSTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         if model.training:
             self._record_parts(scaled=num_items_in_batch is not None)
-            self._micro_batches.append((loss.detach(), inputs))
+            if num_items_in_batch is not None:  # in the training loop, which forgets them at the next step
+                self._micro_batches.append((loss.detach(), inputs))
         return (loss, outputs) if return_outputs else loss
 
     def _read(self, model: nn.Module, tap: ClassifierTap, inputs: dict[str, Any]) -> tuple[Reading, Any]:
@@ -283,26 +298,38 @@ class PALSTrainer(Trainer):
             TrainingError: the loss or the gradient is not finite.
         """
         grad_norm = super()._get_grad_norm(model, grad_norm)
+        norm = 0.0 if grad_norm is None or self.accelerator.scaler is not None else float(grad_norm)
         wrong = [(loss.item(), inputs) for loss, inputs in self._micro_batches if not math.isfinite(loss)]
-        scales = self.accelerator.scaler is not None
         if wrong:
-            self._stop_at(f"the loss is {wrong[0][0]}", [inputs for _, inputs in wrong])
-        if not scales and grad_norm is not None and not math.isfinite(grad_norm):
-            self._stop_at(f"the gradient's norm is {float(grad_norm)}", [inputs for _, inputs in self._micro_batches])
+            what, batches = f"the loss is {wrong[0][0]}", [inputs for _, inputs in wrong]
+        elif not math.isfinite(norm):
+            what, batches = f"the gradient's norm is {norm}", [inputs for _, inputs in self._micro_batches]
+        else:
+            what, batches = "the loss of another process is not finite", []
+        if self._any_process(bool(wrong)) or not math.isfinite(norm):
+            self._stop_at(what, batches)
         return grad_norm
 
+    def _any_process(self, happened: bool) -> bool:
+        """Whether it happened to any of the processes; all of them ask."""
+        if self.args.world_size == 1:
+            return happened
+        count = torch.tensor(float(happened), device=self.args.device)
+        return self.accelerator.reduce(count, "sum").item() > 0
+
     def _stop_at(self, what: str, batches: list[dict[str, Any]]) -> NoReturn:
-        step, rank = self.state.global_step + 1, self.args.process_index
-        run_dir = Path(self.args.output_dir)
-        folder = run_dir / (f"non-finite-step-{step}" + (f"-rank-{rank}" if self.args.world_size > 1 else ""))
+        step, rank, run_dir = self.state.global_step + 1, self.args.process_index, Path(self.args.output_dir)
+        last = f"the last checkpoint is {last_complete_checkpoint(run_dir) or 'none yet'}"
+        if not batches:
+            raise TrainingError(f"{what} at step {step}; {last}")
+        folder = run_dir / (f"_non-finite-step-{step}" + (f"-rank-{rank}" if self.args.world_size > 1 else ""))
         about = {"what": what, "step": step, "learning_rate": self._get_learning_rate()}
         is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         keep_step(folder, batches, self.model if is_whole else None, about)
-        checkpoint, images = last_complete_checkpoint(run_dir), ", ".join(images_of(batches))
+        images = ", ".join(images_of(batches))
         raise TrainingError(
             f"{what} at step {step}{f', images {images}' if images else ''}: {likely_cause(batches, self.model)}. "
-            f"The batch{' and the network are' if is_whole else ' is'} in {folder}; "
-            f"the last checkpoint is {checkpoint or 'none yet'}"
+            f"The batch{' and the network are' if is_whole else ' is'} in {folder}; {last}"
         )
 
     def _freeze_statistics(self) -> None:
@@ -418,12 +445,15 @@ class PALSTrainer(Trainer):
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
-            if self.state.best_model_checkpoint == str(written):
+            if Path(self.state.best_model_checkpoint or "") == written:
                 self.state.best_model_checkpoint = str(checkpoint)
                 if self.args.should_save:
                     self.state.save_to_json(str(written / TRAINER_STATE_NAME))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                publish(written, checkpoint)
+            self.accelerator.wait_for_everyone()
+            if self.args.local_process_index == 0 and written.exists():  # on a disk that the main process does not see
                 publish(written, checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:
             free = shutil.disk_usage(run_dir).free / 2**20
@@ -434,12 +464,26 @@ class PALSTrainer(Trainer):
             ) from error
         finally:
             self._staging = False
+        self._saved_step = self.state.global_step
         if self.args.should_save:
             kept = {name, os.path.basename(self.state.best_model_checkpoint or name)}
             discard_old_checkpoints(run_dir, self.args.save_total_limit, kept)
             clear_unfinished(run_dir)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args, **kwargs):
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if self.terminated and self._saved_step != self.state.global_step:
+            self._save_checkpoint(model, trial)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's, but that with a limit of 1 it deletes every checkpoint except the best one, in place."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._staging:  # a push goes on in the background, where a folder must not change its name
@@ -473,6 +517,8 @@ class PALSTrainer(Trainer):
         self.model.load_state_dict(restored.state_dict())
 
     def _load_best_model(self) -> None:
+        if self.terminated:  # the run goes on, from the weights it has
+            return
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
@@ -492,14 +538,19 @@ class PALSTrainer(Trainer):
             except (OSError, RuntimeError, SafetensorError) as error:
                 raise InputError(f"teacher='ema' cannot resume from {path}: {first_line(error)}") from error
 
-    # ---- Evaluation ----
+    # ---- Data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        return _outliving_sigterm(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The parent's, with a stream completed so that every process scores as many images, each of them once."""
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(chosen, StreamedDataset):
             chosen.complete_to(self.args.eval_batch_size * self.args.world_size)
-        return super().get_eval_dataloader(eval_dataset)
+        return _outliving_sigterm(super().get_eval_dataloader(eval_dataset))
+
+    # ---- Evaluation ----
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
         self.metrics.reset()
@@ -564,13 +615,23 @@ class PALSTrainer(Trainer):
         return results
 
 
+def _outliving_sigterm(loader: DataLoader) -> DataLoader:
+    """Have the workers of a loader ignore SIGTERM: sent to all processes of a job, it would end them at once."""
+    loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+    return loader
+
+
+def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if start is not None:
+        start(worker)
+
+
 class _TrainingCallback(TrainerCallback):
-    """Tells the training set which epoch it is, and the averaged network that there was a step; listens to SIGTERM."""
+    """Tells the training set its epoch, the averaged network that there was a step, and the loop of SIGTERM."""
 
     def __init__(self, trainer: PALSTrainer):
         self.trainer = trainer
-        self._is_terminated = False
-        self._handler_before: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         # A search has changed the arguments.
@@ -578,17 +639,6 @@ class _TrainingCallback(TrainerCallback):
         self.trainer._labels_checked = False
         if self.trainer._average is not None:
             self.trainer._average.to(args.device)
-        self._is_terminated = self.trainer.terminated = False
-        if threading.current_thread() is threading.main_thread():  # no other may
-            self._handler_before = signal.signal(signal.SIGTERM, self._hear_sigterm)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._handler_before is not None:
-            signal.signal(signal.SIGTERM, self._handler_before)
-            self._handler_before = None
-
-    def _hear_sigterm(self, *_: Any) -> None:
-        self._is_terminated = True
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate does so only where its sampler leaves it room.
@@ -598,13 +648,13 @@ class _TrainingCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer._average is not None:
             self.trainer._average.update_parameters(self.trainer.model)
-        is_terminated = self._is_terminated
-        if args.world_size > 1:  # all stop after the same step, whoever heard it first
-            heard = torch.tensor(float(is_terminated), device=args.device)
-            is_terminated = self.trainer.accelerator.reduce(heard, "sum").item() > 0
-        if is_terminated:
-            self.trainer.terminated = True
-            control.should_save = control.should_training_stop = True
+        # All stop after the same step, whoever heard it first.
+        if self.trainer._any_process(self.trainer._heard_sigterm):
+            self.trainer.terminated = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.trainer.terminated:  # perhaps in the middle of it: nothing is due
+            control.should_log = control.should_evaluate = control.should_save = False
 
 
 def whole_loss(

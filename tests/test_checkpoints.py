@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -21,6 +22,7 @@ from pals_hf import PALSTrainer, load_segmentation_dataset
 from pals_hf.checkpoints import (
     UNFINISHED,
     claimed,
+    clear_unfinished,
     discard_old_checkpoints,
     is_complete_checkpoint,
     last_complete_checkpoint,
@@ -104,13 +106,19 @@ class TestOneRunAFolder:
         code = f"from pals_hf.checkpoints import claimed; import time\nwith claimed({str(tmp_path)!r}): time.sleep(99)"
         with subprocess.Popen([sys.executable, "-c", code]) as other:
             deadline = time.time() + 60
-            while not list(tmp_path.glob(".lock-owner")) and time.time() < deadline:
+            while not list(tmp_path.glob("_lock-owner")) and time.time() < deadline:
                 time.sleep(0.05)
             with pytest.raises(InputError, match=f"in use by process {other.pid} on"):
                 claimed(tmp_path).__enter__()
             other.kill()
         with claimed(tmp_path):
             pass
+
+
+def sigterm_to_all():
+    """To this process and its workers, as a job's end is announced."""
+    for process in (*multiprocessing.active_children(), None):
+        os.kill(os.getpid() if process is None else process.pid, signal.SIGTERM)
 
 
 class TestResume:
@@ -129,9 +137,8 @@ class TestResume:
             gradient_accumulation_steps=options.pop("accumulation", 1),
             beta_schedule="linear",
             teacher="ema",
-            eval_strategy="steps",
             dataloader_num_workers=2,
-            **{**SAVING, "eval_steps": 2, **options},
+            **{**SAVING, "eval_strategy": "steps", "eval_steps": 2, **options},
         )
         return PALSTrainer(
             tiny_segformer(),
@@ -163,9 +170,13 @@ class TestResume:
             averages = zip(resumed._average.parameters(), whole._average.parameters(), strict=True)
             assert all(torch.equal(a, b) for a, b in averages)
 
+    @pytest.mark.parametrize("strategy", ["steps", "epoch", "best"])
     @pytest.mark.parametrize("accumulation", [1, 2])
-    def test_sigterm_saves_after_the_step_at_hand(self, accumulation, folder, tmp_path):
-        options = {"save_steps": 100, "accumulation": accumulation}
+    def test_sigterm_saves_after_the_step_at_hand(self, accumulation, strategy, folder, tmp_path):
+        """Also where only the best or the end of an epoch is saved, and room is for one; workers hear it too."""
+        options = {"save_steps": 100, "accumulation": accumulation, "save_strategy": strategy, "save_total_limit": 1}
+        if strategy == "epoch":
+            options["eval_strategy"] = "epoch"
         whole = self.trainer(folder, tmp_path / "whole", **options)
         whole.train()
         assert not whole.terminated
@@ -175,8 +186,9 @@ class TestResume:
         broken.train()
         assert broken.terminated
         assert signal.getsignal(signal.SIGTERM) is before
-        (checkpoint,) = complete(tmp_path / "broken")
-        assert checkpoint.name in ("checkpoint-2", "checkpoint-3")  # whoever is called first at the end of the step
+        checkpoint = complete(tmp_path / "broken")[-1]
+        assert checkpoint.name == f"checkpoint-{broken.state.global_step}"
+        assert broken.state.global_step in (2, 3)  # whoever is called first at the end of the step
         resumed = self.trainer(folder, tmp_path / "broken", **options)
         resumed.train(resume_from_checkpoint=str(checkpoint))
         assert not resumed.terminated
@@ -227,6 +239,26 @@ class TestSaving:
         PALSTrainer(tiny_segformer(), config(tmp_path, **SAVING), train_dataset=Examples()).train()
         assert names(tmp_path) == ["checkpoint-1"]
         assert len(complete(tmp_path)) == 1
+
+    def test_a_replaced_checkpoint_comes_back_if_the_new_one_did_not(self, tmp_path):
+        write_checkpoint(tmp_path / UNFINISHED / "replaced-checkpoint-3")
+        write_checkpoint(tmp_path / UNFINISHED / "deleted-checkpoint-2")
+        clear_unfinished(tmp_path)
+        assert names(tmp_path) == ["checkpoint-3"]
+
+    def test_a_path_with_a_dot(self, tmp_path, monkeypatch):
+        """The best checkpoint's path is the one it has in the end, however the folder was written."""
+        monkeypatch.chdir(tmp_path)
+        args = config("./runs//x", eval_strategy="steps", load_best_model_at_end=True, **{**SAVING, "eval_steps": 1})
+        trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples(), eval_dataset=Examples())
+        trainer.train()
+        assert is_complete_checkpoint(trainer.state.best_model_checkpoint)
+
+    def test_sigterm_is_heard_in_training_only(self, tmp_path):
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(TrainingError):
+            PALSTrainer(tiny_segformer(), config(tmp_path), train_dataset=Named(bad=0)).train()
+        assert signal.getsignal(signal.SIGTERM) is before
 
     def test_a_checkpoint_of_that_name_is_replaced(self, tmp_path):
         """By a run that went on from an earlier one."""
@@ -284,7 +316,7 @@ class TestNonFinite:
         trainer = PALSTrainer(tiny_segformer(**NO_RANDOMNESS), args, train_dataset=Named(bad=5))
         with pytest.raises(TrainingError) as stop:
             trainer.train()
-        (folder,) = tmp_path.glob("non-finite-step-*")
+        (folder,) = tmp_path.glob("_non-finite-step-*")
         step = int(folder.name.rsplit("-", 1)[1])
         assert step == trainer.state.global_step + 1
         message = str(stop.value)
@@ -310,7 +342,7 @@ class TestNonFinite:
             trainer.train()
         assert "images and weights are finite" in str(stop.value)
         assert not list(tmp_path.glob("checkpoint-*"))
-        kept = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "non-finite-step-1")
+        kept = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "_non-finite-step-1")
         assert all(torch.equal(value, before[name]) for name, value in kept.named_parameters())
 
     def test_weights(self, tmp_path):
@@ -320,4 +352,4 @@ class TestNonFinite:
         with pytest.raises(TrainingError, match="at step 2: the network's weights are not finite any more: lower"):
             trainer.train()
         assert logged(trainer, "loss")[0] > 0
-        shutil.rmtree(tmp_path / "non-finite-step-2")
+        shutil.rmtree(tmp_path / "_non-finite-step-2")

@@ -60,6 +60,21 @@ def test_scores_are_identical(runs):
     assert torch.equal(counts[2], counts[0])
 
 
+def assert_all_stopped_at(folder):
+    messages = [record["message"] for record in ranks(folder)]
+    assert len(messages) == 2
+    for message in messages:
+        assert message.startswith(
+            ("the loss is nan at step 1: the images hold", "the loss of another process", "the gr")
+        )
+    assert any(message.startswith("the loss is nan") for message in messages)
+    assert list(folder.glob("_non-finite-step-1-rank-*/batch.safetensors"))
+
+
+def test_a_bad_image_stops_all_processes(runs):
+    assert_all_stopped_at(runs / "2" / "bad image")
+
+
 def test_sharded(runs, tmp_path):
     """FSDP2 on two processes: the same training, checkpoints that are read like any other, and a resume from one."""
     launch(SCRIPT, tmp_path, processes=2, config=FSDP)
@@ -81,3 +96,4 @@ def test_sharded(runs, tmp_path):
     for checkpoint in (saved / "checkpoint-3", resumed):
         loaded = AutoModelForSemanticSegmentation.from_pretrained(checkpoint).state_dict()
         assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+    assert_all_stopped_at(tmp_path / "bad image")

@@ -24,6 +24,7 @@ from test_trainer import NO_RANDOMNESS, Examples, config, logged
 from torch.distributed.tensor import DTensor
 
 from pals_hf import PALSTrainer
+from pals_hf.errors import TrainingError
 
 LOSSES = {
     "pals": {},
@@ -107,6 +108,33 @@ def score(folder):
     return trainer
 
 
+def train_to_the_best(folder):
+    """Every process loads the best checkpoint, which the main process has just written."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    args = config(folder, max_steps=2, load_best_model_at_end=True, save_total_limit=1, **options)
+    trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples(8), eval_dataset=Examples(3))
+    trainer.train()
+    best = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint).state_dict()
+    assert all(torch.equal(tensor, best[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def train_on_a_bad_image(folder):
+    """One process sees it, all of them stop."""
+    examples = Examples(8)
+    examples.images[5, 0, 3, 3] = float("nan")
+    args = config(folder, per_device_train_batch_size=4)
+    if IS_SHARDED:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = PALSTrainer(tiny_segformer(), args, train_dataset=examples)
+    try:
+        trainer.train()
+        message = "no error"
+    except TrainingError as error:
+        message = str(error)
+    save(folder, trainer, {"message": message}, {})
+    return trainer
+
+
 def save(folder, trainer, record, tensors):
     folder.mkdir(parents=True, exist_ok=True)
     record = {"world_size": trainer.accelerator.num_processes, **record}
@@ -117,6 +145,10 @@ def save(folder, trainer, record, tensors):
 
 def main(folder, *cuts):
     trainer = train_sharded(folder) if IS_SHARDED else score(folder / "scored")
+    if trainer.accelerator.num_processes == 2:
+        trainer = train_on_a_bad_image(folder / "bad image")
+    if trainer.accelerator.num_processes == 2 and not IS_SHARDED:
+        train_to_the_best(folder / "best")
     for cut in cuts:
         for network, loss in RUNS:
             trainer = train(folder / f"{cut}, {network}, {loss}", network, loss, *map(int, cut.split("x")))

@@ -39,6 +39,7 @@ def test_gives_what_a_loaded_data_set_gives(folder, stream):
     loaded = TransformedDataset(data.train, EvalTransform(build_image_processor(None)))
     for pending, expected in zip(streamed(stream), loaded, strict=True):
         example = pending.load()
+        assert example.pop("id") == expected.pop("id")
         assert all(torch.equal(example[name], expected[name]) for name in expected)
 
 

@@ -34,7 +34,8 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize(
-    "sections", [["aggregation"], pytest.param(["loss", "step", "evaluation"], marks=pytest.mark.slow)]
+    "sections",
+    [pytest.param(sections, marks=pytest.mark.slow) for sections in (["aggregation"], ["loss", "step", "evaluation"])],
 )
 def test_leaves_numbers_and_a_plot(sections, tmp_path):
     result = run("--quick", "--rounds", 1, "--output_dir", tmp_path, "--sections", *sections)

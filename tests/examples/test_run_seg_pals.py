@@ -129,6 +129,18 @@ class TestFolder:
             assert message in capsys.readouterr().err
         assert [path.name for path in other.iterdir()] == ["checkpoint-7"]
 
+    def test_going_back_needs_a_word(self, folder, tmp_path, capsys):
+        """Else `last` would one day mean a checkpoint of the history that was given up."""
+        output = tmp_path / "run"
+        start = on_folder(folder, output, *SHORT, "--save_steps", "1")
+        run_seg_pals.main(start)
+        back = [*start, "--resume_from_checkpoint", str(output / "checkpoint-1")]
+        with pytest.raises(SystemExit):
+            run_seg_pals.main(back)
+        assert "holds checkpoint-2, which is not what the run would go on from" in capsys.readouterr().err
+        run_seg_pals.main([*back, "--overwrite", "--save_strategy", "no"])
+        assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
+
     def test_overwrite_replaces_a_run_and_spares_other_files(self, folder, tmp_path):
         output = tmp_path / "run"
         (output / "checkpoint-7").mkdir(parents=True)

@@ -70,10 +70,10 @@ def weights(output):
     return load_file(output / "model.safetensors")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm(processes, folder, tmp_path):
     """Saves, says how to go on, and leaves; the resumed run ends as the uninterrupted one."""
-    options = ["--save_steps", 1000]
+    options = ["--save_steps", 1000, "--dataloader_num_workers", 2, "--save_total_limit", 1]
     code, printed = Running(command(folder, tmp_path / "whole", 30, *options), tmp_path / "0", processes).finish()
     assert code == 0, printed[-3000:]
     assert "starting anew" in printed
