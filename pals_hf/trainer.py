@@ -10,7 +10,8 @@ import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -300,14 +301,13 @@ class PALSTrainer(Trainer):
         grad_norm = super()._get_grad_norm(model, grad_norm)
         norm = 0.0 if grad_norm is None or self.accelerator.scaler is not None else float(grad_norm)
         wrong = [(loss.item(), inputs) for loss, inputs in self._micro_batches if not math.isfinite(loss)]
+        is_wrong_anywhere = self._any_process(bool(wrong))
         if wrong:
-            what, batches = f"the loss is {wrong[0][0]}", [inputs for _, inputs in wrong]
-        elif not math.isfinite(norm):
-            what, batches = f"the gradient's norm is {norm}", [inputs for _, inputs in self._micro_batches]
-        else:
-            what, batches = "the loss of another process is not finite", []
-        if self._any_process(bool(wrong)) or not math.isfinite(norm):
-            self._stop_at(what, batches)
+            self._stop_at(f"the loss is {wrong[0][0]}", [inputs for _, inputs in wrong])
+        if is_wrong_anywhere:
+            self._stop_at("the loss of another process is not finite", [])
+        if not math.isfinite(norm):
+            self._stop_at(f"the gradient's norm is {norm}", [inputs for _, inputs in self._micro_batches])
         return grad_norm
 
     def _any_process(self, happened: bool) -> bool:
@@ -540,15 +540,16 @@ class PALSTrainer(Trainer):
 
     # ---- Data ----
 
-    def get_train_dataloader(self) -> DataLoader:
-        return _outliving_sigterm(super().get_train_dataloader())
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        with _sigterm_waits():  # the first batch of an epoch starts the workers
+            return super().get_batch_samples(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The parent's, with a stream completed so that every process scores as many images, each of them once."""
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(chosen, StreamedDataset):
             chosen.complete_to(self.args.eval_batch_size * self.args.world_size)
-        return _outliving_sigterm(super().get_eval_dataloader(eval_dataset))
+        return super().get_eval_dataloader(eval_dataset)
 
     # ---- Evaluation ----
 
@@ -559,7 +560,8 @@ class PALSTrainer(Trainer):
         # those of the main process.
         for buffer in self.model.buffers():
             broadcast(buffer)
-        return super().evaluation_loop(*args, **kwargs)
+        with _sigterm_waits():
+            return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
         self,
@@ -615,16 +617,17 @@ class PALSTrainer(Trainer):
         return results
 
 
-def _outliving_sigterm(loader: DataLoader) -> DataLoader:
-    """Have the workers of a loader ignore SIGTERM: sent to all processes of a job, it would end them at once."""
-    loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
-    return loader
+@contextmanager
+def _sigterm_waits() -> Iterator[None]:
+    """Hold SIGTERM back from this thread, and for good from the processes that it starts.
 
-
-def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if start is not None:
-        start(worker)
+    Sent to all processes of a job, it would end the workers of a DataLoader at once, and the run with them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _TrainingCallback(TrainerCallback):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -117,6 +118,20 @@ def test_two_runs_in_one_folder(folder, tmp_path):
     assert first.process.poll() is None
     first.end(signal.SIGKILL)
     assert call(run_seg_pals.main, *command(folder, output, 1)).returncode == 0
+
+
+def test_a_loss_that_is_no_number(folder, tmp_path):
+    """One line that says where and why, exit code 1, and the checkpoints before it."""
+    output = tmp_path / "run"
+    result = call(run_seg_pals.main, *command(folder, output, 9, "--save_steps", 1, "--learning_rate", 1e30))
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(r"(loss is|norm is) (nan|inf) at step \d+, images street \d, street \d: ", line)
+    (kept,) = output.glob("_non-finite-step-*")
+    assert str(kept) in line
+    assert not (output / "model.safetensors").exists()
+    for checkpoint in complete(output):
+        assert str(checkpoint) in line or int(checkpoint.name.split("-")[1]) < int(kept.name.split("-")[-1]) - 1
 
 
 @pytest.mark.slow
