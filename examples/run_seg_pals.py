@@ -60,7 +60,7 @@ from pals_hf.data.balance import rare_classes
 from pals_hf.data.checking import read_pair
 from pals_hf.data.fractions import METHODS
 from pals_hf.data.resizing import cache_resized
-from pals_hf.data.sources import cut_validation
+from pals_hf.data.sources import cut_matching, cut_validation
 from pals_hf.data.sparse import label_by_clicks
 from pals_hf.errors import InputError, TrainingError
 from pals_hf.functional import PADDING_INDEX
@@ -197,6 +197,13 @@ class ScriptArguments(DataArguments):
             "validation split, to choose settings without looking at it."
         },
     )
+    tuning_ids: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hold out the training images whose id matches this regular expression instead, like one of several "
+            "videos: frames next to those that are trained on would flatter what fits them closely."
+        },
+    )
     streaming: bool = field(
         default=False,
         metadata={"help": "Read the data as it comes, for sets that do not fit on disk. Needs --max_steps."},
@@ -222,8 +229,10 @@ class ScriptArguments(DataArguments):
         chosen = [n for n in ("train_fraction", "train_count", "train_manifest") if getattr(self, n) is not None]
         if len(chosen) > 1:
             raise InputError(f"give one of {' and '.join(chosen)}, not both")
+        if self.tuning_share is not None and self.tuning_ids is not None:
+            raise InputError("give one of tuning_share and tuning_ids, not both")
         if self.streaming:
-            for name in ("train_fraction", "train_count", "num_folds", "tuning_share", "label_clicks"):
+            for name in ("train_fraction", "train_count", "num_folds", "tuning_share", "tuning_ids", "label_clicks"):
                 if getattr(self, name) is not None:
                     raise InputError(
                         f"{name} needs the list of all images, which a stream has not (train_manifest brings one)"
@@ -399,6 +408,9 @@ def load_data(args: ScriptArguments) -> tuple[SegmentationData | SegmentationStr
             print(f"skipped {name}: {problem}", file=sys.stderr)
     if args.tuning_share is not None:
         train, held_out = cut_validation(data.train, args.tuning_share, args.validation_seed)
+        data = replace(data, train=train, validation=held_out)
+    if args.tuning_ids is not None:
+        train, held_out = cut_matching(data.train, args.tuning_ids)
         data = replace(data, train=train, validation=held_out)
     record = {"name": data.name, "id2label": data.id2label}
     if args.train_manifest is not None:

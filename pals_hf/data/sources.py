@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -394,6 +395,20 @@ def cut_validation(train: Dataset, share: float, seed: int) -> tuple[Dataset, Da
     held_out = set(draw_ids(train["id"], share, seed=f"validation/{seed}"))
     if len(held_out) == len(train):
         raise InputError(f"holding out {share} leaves none of the {len(train)} images for training")
+    return _part(train, held_out)
+
+
+def cut_matching(train: Dataset, pattern: str) -> tuple[Dataset, Dataset]:
+    """What is left for training, and the images to score: those whose id has a match of a regular expression."""
+    try:
+        held_out = {id for id in train["id"] if re.search(pattern, id)}
+    except re.error as error:
+        raise InputError(f"{pattern!r} is no regular expression: {error}") from error
+    if not 0 < len(held_out) < len(train):
+        raise InputError(
+            f"{pattern!r} matches {len(held_out)} of the {len(train)} training images, whose ids are like "
+            f"{train['id'][0]!r}: some must be held out, and some must be left"
+        )
     return _part(train, held_out)
 
 

@@ -13,6 +13,7 @@ from PIL import ImageOps
 
 from pals_hf import load_segmentation_dataset
 from pals_hf.data import EvalTransform, checking
+from pals_hf.data.sources import cut_matching
 from pals_hf.errors import InputError
 from pals_hf.models import build_image_processor
 
@@ -134,6 +135,15 @@ class TestFolder:
         assert load(folder, validation_share=0.25).validation["id"] == data.validation["id"]
         others = [load(folder, validation_share=0.25, validation_seed=seed).validation["id"] for seed in range(1, 5)]
         assert any(other != data.validation["id"] for other in others)
+
+    def test_images_of_one_kind_are_held_out(self, folder):
+        train = load(folder).train
+        left, held_out = cut_matching(train, "street [12]$")
+        assert [id[-1] for id in held_out["id"]] == ["1", "2"]
+        assert sorted(left["id"] + held_out["id"]) == sorted(train["id"])
+        for pattern, problem in (("alley", "matches 0 of the 8"), ("street", "matches 8 of the 8"), ("(", "no regular")):
+            with pytest.raises(InputError, match=problem):
+                cut_matching(train, pattern)
 
     def test_folds_cover_all_images_once(self, folder):
         folds = [load(folder, num_folds=3, fold=fold) for fold in range(3)]

@@ -189,6 +189,13 @@ class TestFolder:
         assert len(results["eval_reliability"]) == 15
         assert len(results["eval_per_category_boundary_iou"]) == 4
 
+    def test_settings_are_tuned_on_images_of_one_kind(self, folder, tmp_path, capsys):
+        run_seg_pals.main(on_folder(folder, tmp_path / "run", "--tuning_ids", "street [0-2]$", *SHORT))
+        assert "5 training images, 3 validation images" in capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            run_seg_pals.main(on_folder(folder, tmp_path / "other", "--tuning_ids", "x", "--tuning_share", "0.5", *SHORT))
+        assert "one of tuning_share and tuning_ids" in capsys.readouterr().err
+
     def test_sparse_labels(self, folder, tmp_path):
         """The manifest says which images; of their masks a few clicks are left, and the rest is distilled."""
         options = ["--label_clicks", "2", "--distill_void", "True", "--logging_steps", "1"]
