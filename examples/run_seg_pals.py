@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -58,18 +59,33 @@ from pals_hf.data import (
 )
 from pals_hf.data.balance import rare_classes
 from pals_hf.data.checking import read_pair
-from pals_hf.data.fractions import METHODS
+from pals_hf.data.degrade import label_by_clicks, mislabel
+from pals_hf.data.fractions import MANIFEST, METHODS
 from pals_hf.data.resizing import cache_resized
 from pals_hf.data.sources import cut_matching, cut_validation
-from pals_hf.data.sparse import label_by_clicks
-from pals_hf.errors import InputError, TrainingError
+from pals_hf.errors import InputError, PushError, TrainingError
 from pals_hf.functional import PADDING_INDEX
+from pals_hf.hub import download_checkpoint
 from pals_hf.inference import load_for_inference, predict
+from pals_hf.model_card import CardFacts
 from pals_hf.models import build_image_processor, build_model
-from pals_hf.visualize import prediction_sheet, training_curves
+from pals_hf.visualize import prediction_sheet, reliability_diagram, training_curves
 
-MANIFEST = "train_fraction.json"
 SKIPPED = "skipped_samples.json"
+# The flags that decide what the network sees, for its card; others say where things are, or are said in words.
+LEARNED_FROM = (
+    *("void_labels", "image_size", "crop_size", "scale_range", "color_jitter", "rare_crop", "copy_paste"),
+    *(
+        "output_stride",
+        "label_clicks",
+        "label_noise",
+        "tuning_share",
+        "tuning_ids",
+        "validation_share",
+        "validation_seed",
+    ),
+    *("streaming", "skip_bad_samples", "early_stopping_patience"),
+)
 NUM_PICTURES = 6  # rows of predictions.png
 
 
@@ -167,6 +183,13 @@ class ScriptArguments(DataArguments):
             "pixels would have labelled; the rest is void."
         },
     )
+    label_noise: float | None = field(
+        default=None,
+        metadata={
+            "help": "Study wrong labels: in this share of the blocks of 32 x 32 pixels of each training mask, what is "
+            "most frequent is taken for another class of the image."
+        },
+    )
     image_size: list[int] | None = field(
         default=None, metadata={"help": "H W: images are resized to it; masks keep their size for scoring."}
     )
@@ -200,8 +223,8 @@ class ScriptArguments(DataArguments):
     tuning_ids: str | None = field(
         default=None,
         metadata={
-            "help": "Hold out the training images whose id matches this regular expression instead, like one of several "
-            "videos: frames next to those that are trained on would flatter what fits them closely."
+            "help": "Hold out the training images whose id matches this regular expression instead, like one of "
+            "several videos: frames next to those that are trained on would flatter what fits them closely."
         },
     )
     streaming: bool = field(
@@ -215,6 +238,10 @@ class ScriptArguments(DataArguments):
         default=False, metadata={"help": "Only score --model_name_or_path on the validation split."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace the run that --output_dir holds."})
+    license: str | None = field(
+        default=None,
+        metadata={"help": "License of the checkpoint for its model card, like apache-2.0. None is guessed."},
+    )
 
     def __post_init__(self):
         for name in ("image_size", "crop_size"):
@@ -232,7 +259,15 @@ class ScriptArguments(DataArguments):
         if self.tuning_share is not None and self.tuning_ids is not None:
             raise InputError("give one of tuning_share and tuning_ids, not both")
         if self.streaming:
-            for name in ("train_fraction", "train_count", "num_folds", "tuning_share", "tuning_ids", "label_clicks"):
+            for name in (
+                "train_fraction",
+                "train_count",
+                "num_folds",
+                "tuning_share",
+                "tuning_ids",
+                "label_clicks",
+                "label_noise",
+            ):
                 if getattr(self, name) is not None:
                     raise InputError(
                         f"{name} needs the list of all images, which a stream has not (train_manifest brings one)"
@@ -268,14 +303,16 @@ def main(argv: list[str] | None = None) -> None:
                 prepare_output_dir(args, config, data, manifest)
                 train(trainer)
                 report(trainer, data, trainer.evaluate(), config.output_dir)
+                if config.push_to_hub:
+                    push(trainer)
     except InputError as error:
         fail(error)
-    except TrainingError as error:
+    except (TrainingError, PushError) as error:
         fail(error, code=1)
     trainer.end()
 
 
-def fail(error: InputError | TrainingError, code: int = 2) -> NoReturn:
+def fail(error: InputError | TrainingError | PushError, code: int = 2) -> NoReturn:
     """End with one line and this exit code."""
     if not is_main_process():
         # The launcher ends all processes once one has failed: let it be the one that speaks.
@@ -374,15 +411,23 @@ def refuse_other_history(folder: Path, args: ScriptArguments, config: PALSConfig
 def find_checkpoint(resume: str, output_dir: str) -> Path | None:
     """The checkpoint that `last`, `auto`, a run's folder or a checkpoint's own path means.
 
-    The newest complete one; `auto` starts anew, None, where there is none.
+    The newest complete one, fetched first if it is in a repository on the Hub; `auto` starts anew, None, where there
+    is none.
     """
     if resume == "auto" and not output_dir:
         raise InputError("resume_from_checkpoint auto needs the run's output_dir")
     path = Path(output_dir or ".") if resume in ("last", "auto") else Path(resume)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", resume):
+        return fetch_checkpoint(resume, Path(output_dir or f"runs/{path.name}"))
     checkpoint = path if is_complete_checkpoint(path) else last_complete_checkpoint(path)
     if checkpoint is None and resume != "auto":
         raise InputError(f"resume_from_checkpoint {resume}: there is no complete checkpoint at {path}")
     return checkpoint
+
+
+def fetch_checkpoint(repo_id: str, run_dir: Path) -> Path | None:
+    with PartialState().main_process_first():
+        return download_checkpoint(repo_id, run_dir) if is_main_process() else last_complete_checkpoint(run_dir)
 
 
 def goes_on_in(folder: Path, config: PALSConfig) -> bool:
@@ -423,6 +468,8 @@ def load_data(args: ScriptArguments) -> tuple[SegmentationData | SegmentationStr
     train = manifest.select(data.train)
     if args.label_clicks is not None:
         train = label_by_clicks(train, args.label_clicks, args.split_seed)
+    if args.label_noise is not None:
+        train = mislabel(train, args.label_noise, args.split_seed)
     return replace(data, train=train), manifest
 
 
@@ -453,9 +500,35 @@ def build_trainer(
             eval_dataset=eval_dataset,
             processing_class=processor,
             callbacks=callbacks,
+            card_facts=card_facts(args, data, manifest),
         )
     except ValueError as error:  # arguments that do not go together, or a service in report_to that is not installed
         raise InputError(str(error)) from error
+
+
+def card_facts(
+    args: ScriptArguments, data: SegmentationData | SegmentationStream, manifest: FractionManifest | None
+) -> CardFacts:
+    """What the model card says of the data."""
+    is_stream, split = isinstance(data, SegmentationStream), "validation"
+    if args.num_folds is not None:
+        split = f"fold {args.fold} of {args.num_folds}"
+    if args.tuning_share is not None or args.tuning_ids is not None:
+        split = "held-out training"
+    defaults = ScriptArguments()
+    facts = CardFacts(
+        license=args.license,
+        dataset=data.name,
+        dataset_id=data.name if data.revision else None,
+        dataset_revision=data.revision,
+        dataset_license=data.classes.license if is_stream else data.license,
+        split=split,
+        validation_images=None if is_stream else len(data.validation),
+        settings={
+            name: getattr(args, name) for name in LEARNED_FROM if getattr(args, name) != getattr(defaults, name)
+        },
+    )
+    return facts if manifest is None else facts.with_manifest(manifest)
 
 
 def build_datasets(
@@ -554,7 +627,7 @@ def train(trainer: PALSTrainer) -> None:
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if trainer.terminated:
         leave(trainer)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # which leaves the push until there are results to push
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)
 
@@ -581,6 +654,10 @@ def report(
     prediction_sheet(rows, data.id2label, folder / "predictions.png", data.colors)
     if is_matplotlib_available() and trainer.state.log_history:
         training_curves(trainer.state.log_history, folder / "curves.png")
+        if trainer.args.eval_calibration:
+            reliability_diagram(metrics["eval_reliability"], folder / "reliability.png")
+    if trainer.state.global_step:
+        trainer.create_model_card()
     print(f"\n{summary_of(data)}")
     print(f"{'class':<20}{'IoU':>8}{'accuracy':>10}")
     for index, name in data.id2label.items():
@@ -589,6 +666,12 @@ def report(
     print(f"{'mean':<20}{metrics['eval_mean_iou']:>8.3f}{metrics['eval_mean_accuracy']:>10.3f}")
     print(f"{'all pixels':<28}{metrics['eval_overall_accuracy']:>10.3f}")
     print(f"\nresults, checkpoint and pictures: {folder}")
+
+
+def push(trainer: PALSTrainer) -> None:
+    done = trainer.push_to_hub()
+    if done is not None:
+        print(f"pushed: {done.repo_url}", flush=True)
 
 
 def some_pairs(data: SegmentationData | SegmentationStream) -> list[tuple[Image, Image]]:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import shutil
 import sys
 import time
@@ -43,8 +42,7 @@ from tqdm import tqdm
 
 from pals_hf.checkpoints import last_complete_checkpoint
 from pals_hf.errors import InputError
-
-PACKAGES = ("pals_hf", "torch", "torchvision", "transformers", "datasets", "accelerate")
+from pals_hf.model_card import processor_name, versions
 
 
 @dataclass(frozen=True)
@@ -157,20 +155,6 @@ def machine(num_threads: int) -> dict[str, Any]:
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"processor": processor_name(), "threads": num_threads, "gpu": gpu}
-
-
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in PACKAGES}
 
 
 def run_cells(

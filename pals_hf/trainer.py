@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import inspect
 import math
@@ -9,12 +10,14 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from accelerate.utils import broadcast
@@ -24,9 +27,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
 
 from .calibration import boundary_counts, boundary_metrics, calibration_metrics, calibration_sums
 from .checkpoints import (
@@ -40,13 +44,30 @@ from .checkpoints import (
 from .config import PALSConfig
 from .data import ID, WEAK_VIEW, StreamedDataset, collate
 from .data.balance import class_weights
+from .data.fractions import MANIFEST
 from .errors import InputError, TrainingError, first_line
 from .functional import is_labelled, soft_label_cross_entropy, upsample_argmax
+from .hub import LAST_CHECKPOINT, MODEL_FILES, create_repo, push_folder, push_in_background
 from .inference import image_logits
 from .losses import CrossEntropyLoss, LabelSmoothingLoss, PALSLoss, SegmentationLoss
 from .metrics import SegmentationMetrics, confusion_matrix, nan_to_none
+from .model_card import (
+    CARD,
+    CARD_DATA,
+    CardData,
+    CardFacts,
+    hardware,
+    loss_settings,
+    pictures_in,
+    public_name,
+    settings,
+    versions,
+)
 from .models import ClassifierTap, Reading, backbone_of, encoder_features, patch_size_of
 from .nonfinite import images_of, keep_step, likely_cause
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 logger = logging.get_logger(__name__)
 
@@ -91,6 +112,9 @@ class PALSTrainer(Trainer):
     - with `args.teacher` "ema" each checkpoint also holds the averaged weights, so that a resumed run is the same run.
       What is evaluated and saved as the model is the live network;
     - a checkpoint is complete or not there, whatever ends the process while it is written;
+    - every checkpoint has a model card, and the data it is made of, see [`CardData`];
+    - pushes to the Hub are tried again where that may help, and end in one line where it does not; the hyperparameters
+      `push_to_hub`, `hub_model_id`, `hub_strategy`, `hub_private_repo` and `hub_revision` are the parent's;
     - SIGTERM, which announces the end of a machine or a job, ends the training after the step at hand, with a
       checkpoint; `trainer.terminated` is True then;
     - a loss or gradient that is not finite ends it before the weights take part, and its batch is kept.
@@ -101,6 +125,7 @@ class PALSTrainer(Trainer):
         train_dataset, eval_dataset: data sets of `pixel_values (3, H, W)` and `labels (H, W)`, like
             [`TransformedDataset`]. Training images must share a size, evaluation images need not.
         data_collator: by default [`collate`] with the ids of the images, which name them when a batch goes wrong.
+        card_facts: what the model card says of the data and the license, see [`CardFacts`].
         kwargs: everything else [`~transformers.Trainer`] takes, except `compute_loss_func` and `compute_metrics`.
 
     Raises:
@@ -115,6 +140,7 @@ class PALSTrainer(Trainer):
         model: PreTrainedModel | None = None,
         args: PALSConfig | None = None,
         data_collator: Callable | None = None,
+        card_facts: CardFacts | None = None,
         **kwargs: Any,
     ):
         for name in ("compute_loss_func", "compute_metrics"):
@@ -130,6 +156,9 @@ class PALSTrainer(Trainer):
                 "One process sees %d GPUs and uses the first; use all of them with `accelerate launch`.", args.n_gpu
             )
             args._n_gpu = 1  # nn.DataParallel copies modules between threads, out of reach of the tap
+        self.card_facts = card_facts or CardFacts()
+        self._evaluation: dict[str, Any] = {}  # of the weights as they are, if they have been evaluated
+        self._seconds, self._began = 0.0, None  # of training, before this start of the loop, and when it started
         self._class_weights = weights_of_classes(args, kwargs.get("train_dataset"))
         if any(isinstance(kwargs.get(name), StreamedDataset) for name in ("train_dataset", "eval_dataset")):
             # Each process reads the stream and decodes its own part; else one would decode for all of them.
@@ -485,17 +514,14 @@ class PALSTrainer(Trainer):
         finally:
             self.args.save_total_limit = limit
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._staging:  # a push goes on in the background, where a folder must not change its name
-            super()._push_from_checkpoint(checkpoint_folder)
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The parent's, file by file complete or not there."""
+        """The parent's, file by file complete or not there, and with a card."""
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         if self.args.should_save:
             clear_unfinished(folder)
         super()._save(str(folder / UNFINISHED), state_dict)
         if self.args.should_save:
+            self.card_data(folder).save(folder / UNFINISHED)
             publish_files(folder / UNFINISHED, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -519,6 +545,7 @@ class PALSTrainer(Trainer):
     def _load_best_model(self) -> None:
         if self.terminated:  # the run goes on, from the weights it has
             return
+        self._evaluation = {}
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
@@ -531,12 +558,157 @@ class PALSTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (Path(checkpoint) / CARD_DATA).exists():
+            self._seconds = CardData.load(checkpoint).seconds or 0.0
         if checkpoint is not None and self._average is not None:
             path = os.path.join(checkpoint, AVERAGE_NAME)
             try:
                 load_model(self._average, path)
             except (OSError, RuntimeError, SafetensorError) as error:
                 raise InputError(f"teacher='ema' cannot resume from {path}: {first_line(error)}") from error
+
+    # ---- Card and Hub ----
+
+    def card_data(self, folder: str | os.PathLike | None = None) -> CardData:
+        """What the model card says of the weights as they are now.
+
+        Args:
+            folder: where the card will lie: it shows the pictures that are there. Default: `args.output_dir`.
+        """
+        args, config, facts = self.args, self.model.config, self.card_facts
+        folder = Path(args.output_dir if folder is None else folder)
+        history = {
+            entry["step"]: {name: entry.get(name) for name in ("step", "eval_loss", "eval_mean_iou")}
+            for entry in self.state.log_history
+            if "eval_mean_iou" in entry
+        }
+        return CardData(
+            model_name=self.hub_model_id or args.hub_model_id or Path(args.output_dir).resolve().name,
+            architecture=type(self.model).__name__,
+            id2label=dict(config.id2label),
+            loss=args.loss,
+            loss_settings=loss_settings(args),
+            settings={**facts.settings, **settings(args)},
+            base_model=public_name(config.name_or_path),
+            base_model_revision=getattr(config, "_commit_hash", None),
+            step=self.state.global_step,
+            epoch=self.state.epoch,
+            metrics=nan_to_none(self._evaluation),
+            history=list(history.values()),
+            seconds=self._training_seconds() or None,
+            hardware=hardware(args.world_size),
+            versions=versions(),
+            facts=facts,
+            pictures=pictures_in(folder),
+        )
+
+    def _training_seconds(self) -> float:
+        return self._seconds + (0.0 if self._began is None else time.monotonic() - self._began)
+
+    def create_model_card(self, license: str | None = None, model_name: str | None = None, **ignored: Any) -> None:
+        """Write `README.md` and `model_card.json` into `args.output_dir`, of the weights and pictures as they are.
+
+        Args:
+            license: of the model, instead of `card_facts.license`.
+            model_name: instead of the repository or the folder's name.
+            ignored: what else the parent takes: the card says it of itself, or takes it from `card_facts`.
+        """
+        if not self.is_world_process_zero():
+            return
+        if license is not None:
+            self.card_facts = dataclasses.replace(self.card_facts, license=license)
+        card = self.card_data()
+        dataclasses.replace(card, model_name=model_name or card.model_name).save(self.args.output_dir)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """The parent's, persistent and with one line for an error."""
+        if not self.is_world_process_zero():
+            return
+        name = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
+        private = self.args.hub_private_repo if private is None else private
+        self.hub_model_id = create_repo(name, self.args.output_dir, private, token or self.args.hub_token)
+        self.push_in_progress = None
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> CommitInfo | Future | None:
+        """Save the model and push the run's folder by [`push_folder`]: model, card, metrics, manifest, pictures.
+
+        All processes call it, and the main one pushes.
+
+        Args:
+            commit_message: of the commit.
+            blocking: wait until it is done; else a `Future` is returned.
+            token: instead of `args.hub_token`, or that of `hf auth login`.
+            revision: branch.
+            private: whether a new repository is private.
+            card: for [`create_model_card`].
+
+        Raises:
+            PushError: it was not pushed; everything is still in `args.output_dir`.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**card)
+        self._finish_current_push()
+        push = push_folder if blocking else push_in_background
+        return push(
+            self.args.output_dir,
+            self.hub_model_id,
+            message=commit_message or "End of training",
+            revision=revision or self.args.hub_revision,
+            token=token or self.args.hub_token,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint in the background as `args.hub_strategy` says, unless one is still on its way."""
+        strategy = self.args.hub_strategy
+        if self._staging or not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return  # staged: it will change its name, and is pushed then
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            if not self.args.hub_always_push:
+                return
+        else:
+            self._finish_current_push()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        push = partial(
+            push_in_background,
+            checkpoint_folder,
+            self.hub_model_id,
+            message=f"Training in progress, step {self.state.global_step}",
+            revision=self.args.hub_revision,
+            token=self.args.hub_token,
+        )
+        jobs = [push(patterns=(*MODEL_FILES, CARD, CARD_DATA, TRAINING_ARGS_NAME))]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            is_last = strategy == HubStrategy.CHECKPOINT
+            name = LAST_CHECKPOINT if is_last else Path(checkpoint_folder).name
+            jobs.append(push(path_in_repo=name, patterns=["*"]))
+            jobs.append(push_in_background(self.args.output_dir, self.hub_model_id, patterns=[MANIFEST]))
+        if self.push_in_progress is None:
+            self.push_in_progress = PushInProgress(jobs)
+        else:
+            self.push_in_progress.jobs.extend(jobs)
+
+    def _finish_current_push(self) -> None:
+        """Wait for what is on its way, and say what did not arrive: the training has not to end for it."""
+        super()._finish_current_push()
+        if getattr(self, "push_in_progress", None) is None:
+            return
+        for job in self.push_in_progress.jobs:
+            if job.exception() is not None:
+                logger.warning("%s", first_line(job.exception()))
+        self.push_in_progress = None
 
     # ---- Data ----
 
@@ -552,6 +724,13 @@ class PALSTrainer(Trainer):
         return super().get_eval_dataloader(eval_dataset)
 
     # ---- Evaluation ----
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The parent's, whose result the next model card shows."""
+        metrics = super().evaluate(*args, **kwargs)
+        if "eval_mean_iou" in metrics:  # not of one of several data sets
+            self._evaluation = metrics
+        return metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
         self.metrics.reset()
@@ -637,6 +816,7 @@ class _TrainingCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._began = time.monotonic()
         # A search has changed the arguments.
         self.trainer.loss_function = build_loss(args, self.trainer._class_weights).to(args.device)
         self.trainer._labels_checked = False
@@ -647,6 +827,12 @@ class _TrainingCallback(TrainerCallback):
         # Accelerate does so only where its sampler leaves it room.
         if hasattr(self.trainer.train_dataset, "set_epoch"):
             self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer._evaluation = {}
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._seconds, self.trainer._began = self.trainer._training_seconds(), None
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer._average is not None:

@@ -156,3 +156,21 @@ def training_curves(log_history: list[dict[str, Any]], path: str | os.PathLike) 
         axis.set(xlabel="step", title=title)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
+
+
+def reliability_diagram(bins: Sequence[Sequence[float | None]], path: str | os.PathLike) -> None:
+    """Write a picture of the share of hits against confidence. Needs matplotlib (extra `plots`).
+
+    Args:
+        bins: of each bin the share of pixels, their mean confidence and their share of hits, as `eval_reliability`.
+        path: the picture to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 4), layout="constrained")
+    axis = figure.subplots()
+    filled = [(confidence, hits) for share, confidence, hits in bins if share]
+    axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+    axis.plot(*zip(*filled, strict=True), marker=".")
+    axis.set(xlabel="confidence", ylabel="share of hits", title="calibration")
+    figure.savefig(path, dpi=110)

@@ -2,12 +2,18 @@
 
 It keeps repositories in memory and speaks what the client needs: creating repositories, preupload, large files (LFS,
 whose contents it checks), commits, information, trees and downloads. Faults are injected here, never in the client.
+
+    python tests/hub.py COMMAND     # runs a command against it, and lists the calls that it got
 """
 
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -168,6 +174,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.repositories[repo_type, repo] = Repository(private=bool(is_private))
         self.reply(200, {"url": url, "name": repo, "id": repo})
 
+    def delete(self) -> None:
+        if self.may_write():
+            wanted = json.loads(self.body)
+            repo = f"{wanted.get('organization') or USER}/{wanted['name']}"
+            self.server.repositories.pop((wanted.get("type") or "model", repo), None)
+            self.reply(200, {})
+
+    def inject(self) -> None:
+        """Not of the Hub: a test says what is to go wrong next."""
+        self.server.faults = [Fault(**fault) for fault in json.loads(self.body)]
+        self.reply(200, {})
+
     def validate(self) -> None:
         self.reply(200, {"errors": [], "warnings": []})
 
@@ -300,6 +318,8 @@ _API = r"/api/(?P<kind>models|datasets|spaces)/(?P<repo>[^/]+/[^/]+)"
 _ROUTES: list[tuple[str, str, object]] = [
     ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/repos/create", _Handler.create),
+    ("DELETE", r"/api/repos/delete", _Handler.delete),
+    ("POST", r"/_faults", _Handler.inject),
     ("POST", r"/api/validate-yaml", _Handler.validate),
     ("POST", rf"{_API}/preupload/(?P<revision>.+)", _Handler.preupload),
     ("POST", rf"{_API}/commit/(?P<revision>.+)", _Handler.commit),
@@ -325,7 +345,33 @@ _ROUTES: list[tuple[str, str, object]] = [
 ]
 
 
+def environment(endpoint: str, home: str, token: str = TOKEN) -> dict[str, str]:
+    """That of a process whose Hub this is."""
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_DATASETS_CACHE")
+    }
+    return inherited | {
+        "HF_ENDPOINT": endpoint,
+        "HF_TOKEN": token,
+        "HF_HOME": home,
+        "HF_HUB_DISABLE_XET": "1",
+        "PALS_HF_TESTS_ON_LOOPBACK": "1",
+    }
+
+
 def serving(*_: object) -> Iterator[LoopbackHub]:
     """For a fixture: `hub = pytest.fixture(serving)`."""
     with LoopbackHub() as hub:
         yield hub
+
+
+if __name__ == "__main__":
+    with LoopbackHub() as server, tempfile.TemporaryDirectory() as home:
+        code = subprocess.call(sys.argv[1:], env=environment(server.endpoint, home))
+        print("\ncalls:", *server.calls, sep="\n  ")
+        for (_, name), repository in server.repositories.items():
+            print(f"\n{name}, {'private' if repository.private else 'public'}, {len(repository.commits) - 1} commits:")
+            print(
+                *(f"  {path}, {len(content)} bytes" for path, content in sorted(repository.head[1].items())), sep="\n"
+            )
+    sys.exit(code)

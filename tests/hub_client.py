@@ -1,13 +1,33 @@
 """What a user does with the Hub, in a process of its own: `hub_client.py WHAT FOLDER`. The environment says which Hub.
 
-A process of its own, because the client reads its environment when it is imported.
+A process of its own, because the client reads its environment when it is imported. What a part returns is written to
+`FOLDER/result.json`; the repositories it made are deleted where they are on the real Hub.
 """
 
+import contextlib
+import hashlib
+import io
 import json
+import os
+import re
 import sys
+import time
+import uuid
 from pathlib import Path
 
 import data_sets
+from huggingface_hub import HfApi, get_session, whoami
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+IS_REAL = "PALS_HF_TESTS_ON_REAL_HUB" in os.environ
+NUMBER = f"-{uuid.uuid4().hex[:8]}" if IS_REAL else ""
+SHORT = ["--train_count", "4", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--disable_tqdm", "True"]
+
+
+def name_of(what):
+    """A repository of the user's own."""
+    return f"{whoami()['name']}/{what}{NUMBER}"
 
 
 def push_and_load_a_model(folder):
@@ -19,46 +39,157 @@ def push_and_load_a_model(folder):
 
     from pals_hf.models import build_image_processor
 
+    repo_id = name_of("street-model")
     network = tiny_segformer(hidden_sizes=[32, 64, 128, 256], decoder_hidden_size=256, depths=[2, 2, 2, 2]).eval()
     for wanted in (1.0, 2.0):
         network.decode_head.classifier.bias.data.fill_(wanted)
-        network.push_to_hub("street-model", private=True)
-        build_image_processor(None).push_to_hub("street-model")
-    loaded = AutoModelForSemanticSegmentation.from_pretrained("maintainer/street-model")
+        network.push_to_hub(repo_id, private=True)
+        build_image_processor(None).push_to_hub(repo_id)
+    loaded = AutoModelForSemanticSegmentation.from_pretrained(repo_id)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), network.parameters(), strict=True))
-    assert AutoImageProcessor.from_pretrained("maintainer/street-model").do_resize is False
-    segment = pipeline("image-segmentation", model="maintainer/street-model")
+    assert AutoImageProcessor.from_pretrained(repo_id).do_resize is False
+    assert HfApi().model_info(repo_id).private
+    segment = pipeline("image-segmentation", model=repo_id)
     return {"labels": [found["label"] for found in segment(Image.new("RGB", (64, 64)))]}
 
 
 def push_and_load_a_data_set(folder):
-    """Images and masks, with the class names; loaded whole and as a stream, and a fraction drawn twice."""
+    """Images and masks, with the class names; loaded whole, as a stream, and a fraction by its manifest."""
     from datasets import load_dataset
-    from huggingface_hub import HfApi
 
     from pals_hf import load_segmentation_dataset
     from pals_hf.data import EvalTransform, FractionManifest, StreamedDataset, stream_segmentation_dataset
     from pals_hf.models import build_image_processor
 
+    repo_id = name_of("streets")
     root = data_sets.parquet(folder / "set")
-    load_dataset(str(root)).push_to_hub("maintainer/streets")
-    HfApi().upload_file(
-        path_or_fileobj=root / "id2label.json",
-        path_in_repo="id2label.json",
-        repo_id="maintainer/streets",
-        repo_type="dataset",
-    )
-    local, hub = load_segmentation_dataset(str(root)), load_segmentation_dataset("maintainer/streets")
+    load_dataset(str(root)).push_to_hub(repo_id, private=True)
+    local = load_segmentation_dataset(str(root))
+    drawn = FractionManifest.draw(local.train, 0.5)
+    drawn.save(folder / "train_fraction.json")
+    for path in (root / "id2label.json", folder / "train_fraction.json"):
+        HfApi().upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=repo_id, repo_type="dataset")
+    hub = load_segmentation_dataset(repo_id)
     assert hub.id2label == local.id2label
     assert hub.train["labels_sha256"] == local.train["labels_sha256"]
-    manifests = [FractionManifest.draw(data.train, 0.5) for data in (local, hub)]
-    assert manifests[0].ids == manifests[1].ids
-    stream = stream_segmentation_dataset("maintainer/streets")
+    assert hub.revision == HfApi().dataset_info(repo_id).sha
+    assert local.revision is None
+    published = HfApi().hf_hub_download(repo_id, "train_fraction.json", repo_type="dataset")
+    fraction = FractionManifest.load(published, hub.train).select(hub.train)
+    assert fraction["image_sha256"] == drawn.select(local.train)["image_sha256"]
+    assert FractionManifest.draw(hub.train, 0.5).ids == drawn.ids
+    stream = stream_segmentation_dataset(repo_id)
     dataset = StreamedDataset(stream.train, stream.classes, EvalTransform(build_image_processor(None)))
     streamed = [pending.load()["labels"].sum().item() for pending in dataset]
-    return {"train": len(hub.train), "validation": len(hub.validation), "streamed": len(streamed)}
+    return {
+        "train": len(hub.train),
+        "validation": len(hub.validation),
+        "fraction": len(fraction),
+        "streamed": len(streamed),
+        "same revision": stream.revision == hub.revision,
+    }
+
+
+def train_and_push(folder):
+    """A run that pushes as it goes, whose card is then followed, and which another machine goes on from."""
+    import run_seg_pals
+    from huggingface_hub import ModelCard
+    from PIL import Image
+
+    repo_id, run = name_of("trained"), folder / "run"
+    flags = [*SHORT, "--max_steps", "4", "--save_steps", "2", "--eval_steps", "2", "--license", "apache-2.0"]
+    pushing = ["--push_to_hub", "True", "--hub_model_id", repo_id, "--hub_token", os.environ["HF_TOKEN"]]
+    pushing += ["--hub_private_repo", "True", "--hub_strategy", "checkpoint"]
+    run_seg_pals.main([*flags, *pushing, "--output_dir", str(run)])
+    card = ModelCard.load(repo_id)
+    assert card.data.to_dict() == ModelCard((run / "README.md").read_text()).data.to_dict()
+    assert card.data.license == "apache-2.0"
+    assert card.data.model_name == repo_id
+    scored = json.loads((run / "eval_results.json").read_text())["eval_mean_iou"]
+    assert scored == next(result.metric_value for result in card.data.eval_results if result.metric_type == "mean_iou")
+    # What the card says is what runs.
+    os.chdir(folder)
+    Image.new("RGB", (64, 48), "grey").save("street.jpg")
+    (code,) = re.findall(r"^```python\n(.*?)^```", card.text, re.MULTILINE | re.DOTALL)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(code, {})
+    # Another machine, which has nothing but the repository.
+    other = folder / "other"
+    run_seg_pals.main([*flags, "--max_steps", "6", "--resume_from_checkpoint", repo_id, "--output_dir", str(other)])
+    history = json.loads((other / "trainer_state.json").read_text())["log_history"]
+    return {
+        "found": said.getvalue(),
+        "files": sorted(HfApi().list_repo_files(repo_id)),
+        "steps": sorted({entry["step"] for entry in history if "loss" in entry}),
+        "history": [entry["loss"] for entry in history if "loss" in entry],
+        "first history": [
+            entry["loss"]
+            for entry in json.loads((run / "trainer_state.json").read_text())["log_history"]
+            if "loss" in entry
+        ],
+    }
+
+
+def push_through_faults(folder):
+    """A finished run, pushed while the server does all sorts of things; what each attempt ended in."""
+    import push_checkpoint
+    import run_seg_pals
+    from conftest import tiny_segformer
+    from trained import enliven
+
+    network = enliven(tiny_segformer(hidden_sizes=[32, 64, 128, 256], decoder_hidden_size=256, depths=[2, 2, 2, 2]))
+    network.save_pretrained(folder / "start")
+    run = folder / "run"
+    run_seg_pals.main(
+        [*SHORT, "--max_steps", "1", "--model_name_or_path", str(folder / "start"), "--output_dir", str(run)]
+    )
+    weights, results = (run / "model.safetensors").read_bytes(), {}
+
+    def attempt(what, repo_id, *faults):
+        inject(*faults)
+        out, begin = io.StringIO(), time.monotonic()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            try:
+                push_checkpoint.main([str(run), "--repo_id", repo_id])
+                code = 0
+            except SystemExit as stop:
+                code = stop.code
+        inject()
+        assert (run / "model.safetensors").read_bytes() == weights
+        lines = [line for line in out.getvalue().splitlines() if line.startswith(("error: ", "pushed: "))]
+        results[what] = {"code": code, "lines": lines, "seconds": time.monotonic() - begin}
+
+    commit, create = {"method": "POST", "path": "/commit/"}, {"method": "POST", "path": "/api/repos/create"}
+    attempt("401", "maintainer/a", {**create, "status": 401, "times": 9})
+    attempt("403", "maintainer/b", {**commit, "status": 403, "times": 9})
+    attempt("500 once", "maintainer/c", {**commit, "status": 500})
+    attempt("500 for long", "maintainer/d", {**create, "status": 500, "times": 9})
+    attempt("503", "maintainer/e", {**commit, "status": 503, "headers": {"Retry-After": "3"}})
+    attempt("cut in a large file", "maintainer/f", {"method": "PUT", "path": "/_lfs/"})
+    attempt("cut while committing", "maintainer/g", commit)
+    token = os.environ.pop("HF_TOKEN")
+    attempt("no token", "maintainer/h")
+    os.environ["HF_TOKEN"] = token
+    (run / "train_results.json").write_text(json.dumps({"token": token}))
+    attempt("a token in a file", "maintainer/i")
+    return {**results, "sha256": hashlib.sha256(weights).hexdigest()}
+
+
+def inject(*faults):
+    get_session().post(f"{os.environ['HF_ENDPOINT']}/_faults", json=list(faults)).raise_for_status()
+
+
+def clean_up():
+    for repo_type in ("model", "dataset"):
+        for what in ("street-model", "trained") if repo_type == "model" else ("streets",):
+            HfApi().delete_repo(name_of(what), repo_type=repo_type, missing_ok=True)
 
 
 if __name__ == "__main__":
     what, folder = sys.argv[1], Path(sys.argv[2])
-    (folder / "result.json").write_text(json.dumps(globals()[what](folder)))
+    try:
+        (folder / "result.json").write_text(json.dumps(globals()[what](folder)))
+    finally:
+        if IS_REAL:
+            clean_up()

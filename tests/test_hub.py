@@ -1,5 +1,10 @@
-"""The real client against a stand-in of the Hub on loopback: what is pushed comes back."""
+"""The real client against a stand-in of the Hub on loopback: what is pushed comes back, whatever happens on the way.
 
+With PALS_HF_TESTS_ON_REAL_HUB=1 and HF_TOKEN, the round trips run against the real Hub, in private repositories that
+are deleted afterwards; what only a server can see, and the faults, are left out.
+"""
+
+import hashlib
 import json
 import os
 import subprocess
@@ -9,41 +14,129 @@ from pathlib import Path
 import hub
 import pytest
 
-loopback_hub = pytest.fixture(hub.serving)
 CLIENT = Path(__file__).parent / "hub_client.py"
+IS_REAL = "PALS_HF_TESTS_ON_REAL_HUB" in os.environ
+only_on_loopback = pytest.mark.skipif(IS_REAL, reason="a server that fails on command")
 
 
-def as_user(loopback_hub, what, folder, token=hub.TOKEN):
-    """Run a part of hub_client.py as a user of this Hub."""
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    environment |= {
-        "HF_ENDPOINT": loopback_hub.endpoint,
-        "HF_TOKEN": token,
-        "HF_HOME": str(folder / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "PALS_HF_TESTS_ON_LOOPBACK": "1",
-    }
-    environment.pop("HF_DATASETS_CACHE", None)
-    command = [sys.executable, CLIENT, what, folder]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=False)
+@pytest.fixture(name="server")
+def _server():
+    if IS_REAL:
+        yield None
+        return
+    yield from hub.serving()
+
+
+def as_user(server, what, folder):
+    """Run a part of hub_client.py as a user of this Hub; what it returned, and printed."""
+    if server is None:
+        environment = {**os.environ, "HF_HOME": str(folder / "home"), "PALS_HF_TESTS_ON_LOOPBACK": "1"}
+        environment.pop("HF_HUB_OFFLINE", None)
+    else:
+        environment = hub.environment(server.endpoint, str(folder / "home"))
+    command = list(map(str, [sys.executable, CLIENT, what, folder]))
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
-    assert token not in result.stdout + result.stderr
-    return json.loads((folder / "result.json").read_text())
+    assert environment["HF_TOKEN"] not in result.stdout + result.stderr
+    return json.loads((folder / "result.json").read_text()), result.stdout
 
 
-def test_a_model(loopback_hub, tmp_path):
-    result = as_user(loopback_hub, "push_and_load_a_model", tmp_path)
+def no_token_in(files):
+    assert not any(hub.TOKEN.encode() in content for content in files.values())
+
+
+def test_a_model(server, tmp_path):
+    result, _ = as_user(server, "push_and_load_a_model", tmp_path)
     assert result["labels"]
-    repository = loopback_hub.repositories["model", "maintainer/street-model"]
+    if IS_REAL:
+        return
+    repository = server.repositories["model", "maintainer/street-model"]
     assert repository.private
     assert len(repository.commits) == 5  # an empty one, and twice the network and the processor
-    files = loopback_hub.files("maintainer/street-model")
+    files = server.files("maintainer/street-model")
     assert files.keys() >= {"model.safetensors", "config.json", "preprocessor_config.json"}
     assert len(files["model.safetensors"]) > hub.LFS_FROM
-    assert not any(hub.TOKEN.encode() in content for content in files.values())
-    assert sum(call.startswith("PUT /_lfs/") for call in loopback_hub.calls) == 2  # both weights, as large files
+    no_token_in(files)
+    assert sum(call.startswith("PUT /_lfs/") for call in server.calls) == 2  # both weights, as large files
 
 
-def test_a_data_set(loopback_hub, tmp_path):
-    result = as_user(loopback_hub, "push_and_load_a_data_set", tmp_path)
-    assert result == {"train": 4, "validation": 2, "streamed": 4}
+def test_a_data_set(server, tmp_path):
+    result, _ = as_user(server, "push_and_load_a_data_set", tmp_path)
+    assert result == {"train": 4, "validation": 2, "fraction": 2, "streamed": 4, "same revision": True}
+
+
+def test_a_run(server, tmp_path):
+    """It pushes its checkpoints and its results; its card is followed, and another machine goes on from it."""
+    result, said = as_user(server, "train_and_push", tmp_path)
+    assert "pushed: " in said
+    assert result["found"]
+    assert result["steps"] == [1, 2, 3, 4, 5, 6]
+    assert result["history"][:4] == result["first history"]
+    root = {name for name in result["files"] if "/" not in name} - {".gitattributes"}
+    assert root == {
+        *("model.safetensors", "config.json", "preprocessor_config.json", "training_args.bin"),
+        *("train_fraction.json", "trainer_state.json", "train_results.json", "eval_results.json", "all_results.json"),
+        *("README.md", "model_card.json", "curves.png", "predictions.png"),
+    }
+    assert {name.split("/")[0] for name in result["files"]} - root <= {"last-checkpoint", ".gitattributes"}
+    assert "last-checkpoint/optimizer.pt" in result["files"]
+    if IS_REAL:
+        return
+    repository = server.repositories["model", "maintainer/trained"]
+    assert repository.private
+    for _, files in repository.commits:
+        no_token_in(files)
+    assert (tmp_path / "run" / "README.md").read_bytes() == server.files("maintainer/trained")["README.md"]
+
+
+@only_on_loopback
+def test_faults(server, tmp_path):
+    """What may pass is tried again; the rest ends in one line, and the run is as it was."""
+    results, _ = as_user(server, "push_through_faults", tmp_path)
+    sha256, run = results.pop("sha256"), tmp_path / "run"
+    for what in ("500 once", "503", "cut in a large file", "cut while committing"):
+        assert results[what]["code"] == 0, results[what]
+        repo_id = results[what]["lines"][0].split("/", 3)[3]
+        assert hashlib.sha256(server.files(repo_id)["model.safetensors"]).hexdigest() == sha256
+        no_token_in(server.files(repo_id))
+    assert results["503"]["seconds"] >= 3
+    reasons = {
+        "401": ("a", "the Hub does not accept the token (401): log in with `hf auth login`, or set HF_TOKEN"),
+        "403": ("b", "the token may not write to maintainer/b (403): it needs the right to write there"),
+        "500 for long": ("d", "the Hub answered 500, 4 times: injected 500"),
+        "no token": ("h", "there is no token: log in with `hf auth login`, or set HF_TOKEN"),
+    }
+    for what, (name, reason) in reasons.items():
+        later = f"push later with: python examples/push_checkpoint.py {run} --repo_id maintainer/{name}"
+        (line,) = results[what]["lines"]
+        assert line == f"error: not pushed to maintainer/{name}: {reason}. Everything is still in {run}; {later}"
+        assert results[what]["code"] == 1
+        assert ("model", f"maintainer/{name}") not in server.repositories or not server.files(f"maintainer/{name}")
+    assert results["a token in a file"]["code"] == 2
+    assert "train_results.json contains your token" in results["a token in a file"]["lines"][0]
+
+
+@only_on_loopback
+def test_no_network(tmp_path):
+    """A run that is to push does not start; one that is finished stays as it is."""
+    environment = hub.environment("http://127.0.0.1:9", str(tmp_path / "home"))
+    script = Path(__file__).parents[1] / "examples" / "run_seg_pals.py"
+    flags = [
+        "--max_steps",
+        "1",
+        "--push_to_hub",
+        "True",
+        "--hub_model_id",
+        "maintainer/a",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    command = list(map(str, [sys.executable, script, *flags]))
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == (
+        "error: not pushed to maintainer/a: the Hub cannot be reached, 4 times: [Errno 111] Connection refused. "
+        "Nothing was trained: mend that, or leave out push_to_hub; push later with: "
+        f"python examples/push_checkpoint.py {tmp_path / 'run'} --repo_id maintainer/a"
+    )
+    assert not (tmp_path / "run").exists()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 METHODS = ("random", "balanced")
+MANIFEST = "train_fraction.json"  # in a run's folder
 
 
 def order_ids(ids: Iterable[str], seed: int | str = 0) -> list[str]:

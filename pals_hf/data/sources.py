@@ -46,6 +46,7 @@ class SegmentationData:
         test: images without masks, to predict: columns `id` and `image`; None where there are none.
         colors: the data set's own colour of each class, or None.
         license: its terms, where known.
+        revision: the commit of the Hub's repository `name` that it was loaded from; None for what is not on the Hub.
         skipped: what was wrong with the images that `skip_bad_samples` left out, by id.
     """
 
@@ -56,6 +57,7 @@ class SegmentationData:
     test: Dataset | None = None
     colors: tuple[Color, ...] | None = None
     license: str | None = None
+    revision: str | None = None
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -67,6 +69,7 @@ class _Source:
     splits: dict[str, Dataset]
     classes: Classes
     fingerprints: dict[str, str] = field(default_factory=dict)
+    revision: str | None = None
 
 
 def load_segmentation_dataset(
@@ -148,6 +151,7 @@ def load_segmentation_dataset(
         test=None if test is None else test.select_columns(["id", "image"]),
         colors=source.classes.colors,
         license=source.classes.license,
+        revision=source.revision,
         skipped=problems | leaked,
     )
 
@@ -160,12 +164,14 @@ class SegmentationStream:
         train, validation: streams of the columns `id`, and `image` and `labels`, encoded and not looked at yet.
         classes: what the masks mean.
         name: where it comes from.
+        revision: as in [`SegmentationData`].
     """
 
     train: IterableDataset
     validation: IterableDataset
     classes: Classes
     name: str
+    revision: str | None = None
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -201,7 +207,7 @@ def stream_segmentation_dataset(
     if "validation" not in source.splits:
         raise InputError(f"{source.name} has no validation split, and none can be cut off a stream")
     streams = {split: _as_stream(source.splits[split]) for split in ("train", "validation")}
-    return SegmentationStream(**streams, classes=source.classes, name=source.name)
+    return SegmentationStream(**streams, classes=source.classes, name=source.name, revision=source.revision)
 
 
 def _as_stream(split: Dataset | IterableDataset) -> IterableDataset:
@@ -278,14 +284,17 @@ def _read_columns(
             _find_column(option, column, (), _features_of(loaded[validation]))
     is_folder = Path(name).is_dir()
     folder = Path(name) if is_folder else Path(name).parent if Path(name).is_file() else None
-    license = loaded["train"].info.license or None
-    if folder is None and id2label is None and palette is None:
-        id2label = _names_on_hub(name)
+    license, revision = loaded["train"].info.license or None, None
+    if folder is None:
+        license, revision = license or _license_on_hub(name), _revision_on_hub(name, loaded["train"])
+        if id2label is None and palette is None:
+            id2label = _names_on_hub(name)
     return _Source(
         name,
         {split: _rename(dataset, split, image_column, label_column) for split, dataset in chosen.items()},
         replace(_classes(id2label, palette, folder or Path(), void_labels), license=license),
         {} if streaming else {s: f"{part._fingerprint} {image_column} {label_column}" for s, part in chosen.items()},
+        revision,
     )
 
 
@@ -361,6 +370,26 @@ def _names_on_hub(dataset_name: str) -> Path:
         return Path(hf_hub_download(dataset_name, "id2label.json", repo_type="dataset"))
     except Exception as error:
         raise InputError(f"{dataset_name} has no id2label.json: give the class names by id2label") from error
+
+
+def _license_on_hub(dataset_name: str) -> str | None:
+    """The licence that a data set's card on the Hub names."""
+    from huggingface_hub import DatasetCard
+
+    try:
+        return DatasetCard.load(dataset_name).data.get("license")
+    except (OSError, ValueError):  # no card, or not to be had offline
+        return None
+
+
+def _revision_on_hub(dataset_name: str, split: Dataset | IterableDataset) -> str | None:
+    """The commit that was loaded: in the cache it names the folder of the data set; of a stream it is the newest."""
+    from huggingface_hub import HfApi
+
+    if isinstance(split, IterableDataset):
+        return HfApi().dataset_info(dataset_name).sha
+    folders = [Path(file["filename"]).parent.name for file in split.cache_files]
+    return next((name for name in folders if re.fullmatch("[0-9a-f]{40}", name)), None)
 
 
 # ---- What is cut off and refused ----

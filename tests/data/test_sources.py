@@ -141,7 +141,11 @@ class TestFolder:
         left, held_out = cut_matching(train, "street [12]$")
         assert [id[-1] for id in held_out["id"]] == ["1", "2"]
         assert sorted(left["id"] + held_out["id"]) == sorted(train["id"])
-        for pattern, problem in (("alley", "matches 0 of the 8"), ("street", "matches 8 of the 8"), ("(", "no regular")):
+        for pattern, problem in (
+            ("alley", "matches 0 of the 8"),
+            ("street", "matches 8 of the 8"),
+            ("(", "no regular"),
+        ):
             with pytest.raises(InputError, match=problem):
                 cut_matching(train, pattern)
 

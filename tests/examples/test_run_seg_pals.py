@@ -193,7 +193,9 @@ class TestFolder:
         run_seg_pals.main(on_folder(folder, tmp_path / "run", "--tuning_ids", "street [0-2]$", *SHORT))
         assert "5 training images, 3 validation images" in capsys.readouterr().out
         with pytest.raises(SystemExit):
-            run_seg_pals.main(on_folder(folder, tmp_path / "other", "--tuning_ids", "x", "--tuning_share", "0.5", *SHORT))
+            run_seg_pals.main(
+                on_folder(folder, tmp_path / "other", "--tuning_ids", "x", "--tuning_share", "0.5", *SHORT)
+            )
         assert "one of tuning_share and tuning_ids" in capsys.readouterr().err
 
     def test_sparse_labels(self, folder, tmp_path):

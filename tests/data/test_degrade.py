@@ -3,7 +3,8 @@ import pytest
 from conftest import NUM_LABELS, RAW_VOID
 
 from pals_hf import load_segmentation_dataset
-from pals_hf.data.sparse import BRUSH, label_by_clicks
+from pals_hf.data import degrade
+from pals_hf.data.degrade import BLOCK, BRUSH, label_by_clicks, mislabel
 from pals_hf.errors import InputError
 
 
@@ -42,11 +43,12 @@ def test_counts_follow(train):
         assert sum(counts[:-1]) <= 4 * BRUSH**2
 
 
-def test_depends_on_id_and_seed_only(train):
+@pytest.mark.parametrize(("worse", "how_much"), [(label_by_clicks, 3), (mislabel, 0.5)])
+def test_depends_on_id_and_seed_only(worse, how_much, train):
     first, part, other = (
-        label_by_clicks(train, 3),
-        label_by_clicks(train.select([5, 2]), 3),
-        label_by_clicks(train, 3, 1),
+        worse(train, how_much),
+        worse(train.select([5, 2]), how_much),
+        worse(train, how_much, 1),
     )
     assert np.array_equal(masks(first)[5], masks(part)[0])
     assert np.array_equal(masks(first)[2], masks(part)[1])
@@ -56,3 +58,36 @@ def test_depends_on_id_and_seed_only(train):
 def test_no_clicks(train):
     with pytest.raises(InputError, match="label_clicks must be at least 1, got 0"):
         label_by_clicks(train, 0)
+
+
+def test_a_block_is_taken_for_another_class_of_its_mask(train):
+    """With a share of 1 everywhere: what was most frequent in a block is one other class now, the rest stays."""
+    for good, wrong in zip(masks(train), masks(mislabel(train, 1.0)), strict=True):
+        for top in range(0, good.shape[0], BLOCK):
+            for left in range(0, good.shape[1], BLOCK):
+                before, after = (mask[top : top + BLOCK, left : left + BLOCK] for mask in (good, wrong))
+                labels, counts = np.unique(before[before != 255], return_counts=True)
+                most = labels[counts.argmax()]
+                assert np.array_equal(before[before != most], after[before != most])
+                (taken_for,) = np.unique(after[before == most])
+                assert taken_for != most
+                assert taken_for in good
+
+
+def test_a_share_of_the_blocks(train):
+    changed = [np.mean(good != wrong) for good, wrong in zip(masks(train), masks(mislabel(train, 0.3)), strict=True)]
+    assert 0 < np.mean(changed) < 0.6
+    counted = mislabel(train, 0.3)["class_pixels"][0]
+    assert counted == [int((masks(mislabel(train, 0.3))[0] == label).sum()) for label in (*range(NUM_LABELS), 255)]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.1])
+def test_no_share(share, train):
+    with pytest.raises(InputError, match=f"label_noise must be above 0 and at most 1, got {share}"):
+        mislabel(train, share)
+
+
+def test_masks_of_one_class_stay(folder):
+    generator = np.random.default_rng(0)
+    plain = np.full((40, 40), 2, dtype=np.uint8)
+    assert np.array_equal(degrade._mislabelled(plain, generator, 1.0), plain)

@@ -1,0 +1,389 @@
+"""Model cards: what is known of a checkpoint, as data, and the page that says it.
+
+Every checkpoint holds both, `model_card.json` and `README.md`; the page depends on nothing but the data:
+
+    python -m pals_hf.model_card model_cards/*/     # render the pages of these folders anew
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import POLY, PALSConfig
+from .errors import InputError, first_line
+from .losses import PRESETS
+
+if TYPE_CHECKING:
+    from .data import FractionManifest
+
+CARD, CARD_DATA = "README.md", "model_card.json"
+PICTURES = ("curves.png", "reliability.png", "predictions.png")
+PACKAGES = ("pals_hf", "torch", "torchvision", "transformers", "datasets", "accelerate")
+_TEMPLATE = "template.md"
+_WEAK = 0.2  # IoU below which a class is named among the limits
+_HIGHLIGHTS = {
+    "eval_mean_iou": "mIoU, %",
+    "eval_mean_accuracy": "mean accuracy, %",
+    "eval_overall_accuracy": "pixel accuracy, %",
+}
+_METRIC_IDS = {"mean_iou": "mean_iou", "mean_accuracy": "accuracy", "overall_accuracy": "accuracy"}  # on the Hub
+# Arguments that say where, how often and for whom, not what is learned.
+_NO_SETTINGS = re.compile(
+    r"output_dir|run_name|project|trackio.*|report_to|disable_tqdm|push_to_hub|hub_.*|resume_from_checkpoint|do_.*|"
+    r"log.*|save_.*|eval_(strategy|steps|on_start|delay|accumulation_steps|calibration)|dataloader_.*|ddp_.*|fsdp.*|"
+    r"deepspeed|accelerator_config|use_cpu|local_rank|skip_memory_metrics|overwrite_output_dir"
+)
+_PALS_SETTINGS = ("beta", "beta_schedule", "tau", "temperature", "affinity_source", "pairs", "teacher", "teacher_view")
+_LOSS_SETTINGS = {"pals": _PALS_SETTINGS, "label_smoothing": ("smoothing",), "ce": ()}
+LOSS_NAMES = {
+    "pals": "PALS, pixel-wise adaptive label smoothing",
+    "ce": "plain cross-entropy",
+    "label_smoothing": "cross-entropy with uniformly smoothed labels",
+}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says and a trainer does not know by itself. Everything may be left out; nothing is guessed.
+
+    Attributes:
+        license: of the checkpoint, like `apache-2.0`, as its author chose it.
+        dataset: name of the data, for people.
+        dataset_id, dataset_revision: its repository and commit on the Hub, where it is from there.
+        dataset_license: its terms.
+        split: what the figures are of.
+        train_images, available_images, validation_images: how many there were.
+        split_method, split_seed, manifest_sha256: how the training images were drawn, see [`FractionManifest`].
+        settings: of the data pipeline, as far as they differ from their defaults.
+    """
+
+    license: str | None = None
+    dataset: str | None = None
+    dataset_id: str | None = None
+    dataset_revision: str | None = None
+    dataset_license: str | None = None
+    split: str = "validation"
+    train_images: int | None = None
+    available_images: int | None = None
+    validation_images: int | None = None
+    split_method: str | None = None
+    split_seed: int | None = None
+    manifest_sha256: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def with_manifest(self, manifest: FractionManifest) -> CardFacts:
+        """The same, with what a manifest says of the training images."""
+        return dataclasses.replace(
+            self,
+            train_images=len(manifest.ids),
+            available_images=manifest.available,
+            split_method=manifest.method,
+            split_seed=manifest.seed,
+            manifest_sha256=manifest.sha256,
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a study says of several losses on such a fraction.
+
+    Attributes:
+        study: where it is.
+        pairs: how often each was trained, in words.
+        rows: `method`, `runs`, `mean_iou`, `difference` and `ece`, as they are to be read.
+    """
+
+    study: str
+    pairs: str
+    rows: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class CardData:
+    """What is known of a checkpoint.
+
+    Attributes:
+        model_name: its repository on the Hub, or the name of its folder.
+        architecture: class of the network.
+        id2label: class index to name.
+        loss, loss_settings: what it was trained with.
+        settings: what else differs from the defaults of `PALSConfig`, and those of the data pipeline.
+        base_model, base_model_revision: the checkpoint it started from.
+        step, epoch: how long it was trained.
+        metrics: of these weights, as an evaluation gives them; None is undefined. Empty if they were not evaluated.
+        history: `step`, `eval_loss` and `eval_mean_iou` of the evaluations on the way.
+        seconds, hardware, versions: what the training took, on which machine, with which packages.
+        facts: see [`CardFacts`].
+        pictures: those of [`PICTURES`] that lie beside the card.
+        comparison: with other losses, where a study has been made.
+    """
+
+    model_name: str
+    architecture: str
+    id2label: dict[int, str]
+    loss: str
+    loss_settings: dict[str, Any]
+    settings: dict[str, Any]
+    base_model: str | None
+    base_model_revision: str | None
+    step: int
+    epoch: float | None
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+    seconds: float | None
+    hardware: str
+    versions: dict[str, str]
+    facts: CardFacts = CardFacts()
+    pictures: tuple[str, ...] = ()
+    comparison: Comparison | None = None
+
+    @property
+    def is_pals(self) -> bool:
+        return self.loss == "pals"
+
+    @property
+    def loss_name(self) -> str:
+        return LOSS_NAMES[self.loss]
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> CardData:
+        """Read the data of the card that lies in a folder.
+
+        Raises:
+            InputError: there is none, or it is none.
+        """
+        path = Path(folder) / CARD_DATA
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content["id2label"] = {int(index): name for index, name in content["id2label"].items()}
+            content["pictures"] = tuple(content["pictures"])
+            content["facts"] = CardFacts(**content["facts"])
+            content["comparison"] = content["comparison"] and Comparison(**content["comparison"])
+            return cls(**content)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{path} is no data of a model card: {first_line(error)}") from error
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the card and its data into a folder, each of them complete or not at all."""
+        contents = {CARD_DATA: json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", CARD: render(self)}
+        for name, content in contents.items():
+            temporary = Path(folder) / f"_{name}.tmp"
+            temporary.write_text(content, encoding="utf-8")
+            temporary.replace(Path(folder) / name)
+
+
+def pictures_in(folder: str | os.PathLike) -> tuple[str, ...]:
+    """The pictures that a card can show, as far as they are there."""
+    return tuple(name for name in PICTURES if (Path(folder) / name).exists())
+
+
+# ---- From a training ----
+
+
+def loss_settings(args: PALSConfig) -> dict[str, Any]:
+    """What the loss of a training depends on, defaults included."""
+    return {name: getattr(args, name) for name in _LOSS_SETTINGS[args.loss]}
+
+
+def settings(args: PALSConfig) -> dict[str, Any]:
+    """What differs from the defaults of `PALSConfig`, but for what the loss says itself."""
+    said, values = {"loss", *loss_settings(args)}, args.to_dict()
+    wanted = [f for f in dataclasses.fields(args) if f.name not in said and not _NO_SETTINGS.fullmatch(f.name)]
+    # None, False and an empty list are all the same: not wanted.
+    return {f.name: values[f.name] for f in wanted if (values[f.name] or None) != (_default(f) or None)}
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """What stands in a field that was not given. (A second instance to look at would reset Accelerate's state.)"""
+    settled_later = {**PRESETS["default"], "lr_scheduler_kwargs": POLY}
+    if field.default is dataclasses.MISSING:
+        return field.default_factory()
+    return settled_later.get(field.name) if field.default is None else field.default
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
+def hardware(processes: int = 1) -> str:
+    """The processor or GPU that a training runs on, and how many of them."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{processes} x {torch.cuda.get_device_name()}"
+    threads = processes * torch.get_num_threads()
+    return f"{threads} {'thread' if threads == 1 else 'threads'} of {processor_name()}"
+
+
+def processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+# ---- The page ----
+
+
+def render(card: CardData) -> str:
+    """The card as Markdown with a YAML header, as the Hub reads it. The same data gives the same text."""
+    import jinja2
+    from huggingface_hub import ModelCard
+
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string((files("pals_hf.model_cards") / _TEMPLATE).read_text(encoding="utf-8"))
+    classes = _classes(card)
+    text = template.render(
+        card=card,
+        facts=card.facts,
+        card_data=_header(card).to_yaml(),
+        figures=_figures(card.metrics),
+        classes=classes,
+        weak=[row["name"] for row in classes if row["iou"] is not None and row["iou"] < _WEAK],
+        weak_below=f"{_WEAK:.0%}".rstrip("%"),
+        md=escape,
+        some=_some,
+        percent=_percent,
+        settings=_settings,
+        duration=_duration,
+    )
+    return str(ModelCard(re.sub(r"\n{3,}", "\n\n", text)))  # which the Hub's own parser has read then
+
+
+def _header(card: CardData):
+    """The metadata that the Hub indexes."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    facts = card.facts
+    figures = {
+        name.removeprefix("eval_"): value
+        for name, value in card.metrics.items()
+        if name.startswith("eval_") and isinstance(value, int | float) and not _is_speed(name)
+    }
+    dataset = {
+        "dataset_type": facts.dataset_id or _slug(facts.dataset or "unknown"),
+        "dataset_name": _one_line(facts.dataset or "unknown"),
+        "dataset_split": facts.split,
+        "dataset_revision": facts.dataset_revision,
+    }
+    is_fraction = facts.train_images and facts.available_images
+    share = [f"fraction-{facts.train_images / facts.available_images:.2g}"] if is_fraction else []
+    results = [
+        EvalResult(
+            task_type="image-segmentation",
+            task_name="Semantic segmentation",
+            metric_type=_METRIC_IDS.get(name, name),
+            metric_name=name,
+            metric_value=value,
+            **dataset,
+        )
+        for name, value in figures.items()
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-segmentation",
+        license=facts.license,
+        base_model=card.base_model if _is_hub_id(card.base_model or "") else None,
+        base_model_revision=card.base_model_revision,
+        datasets=[facts.dataset_id] if facts.dataset_id else None,
+        tags=["pals", f"loss-{card.loss.replace('_', '-')}", *share, "semantic-segmentation", "vision"],
+        metrics=["mean_iou", "accuracy"],
+        **({"model_name": card.model_name, "eval_results": results} if results else {}),
+    )
+
+
+def _is_speed(name: str) -> bool:
+    return name.endswith(("_runtime", "_per_second"))
+
+
+def public_name(name_or_path: str | None) -> str | None:
+    """What others may read of a checkpoint's name: its repository, or the name of its folder, not the way there."""
+    if not name_or_path:
+        return None
+    return name_or_path if _is_hub_id(name_or_path) else Path(name_or_path).resolve().name
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.]+", "-", name.lower()).strip("-") or "unknown"
+
+
+def _figures(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
+    names = _HIGHLIGHTS | ({"eval_ece": "ECE, %"} if "eval_ece" in metrics else {})
+    return [{"name": name, "text": _percent(metrics[key])} for key, name in names.items() if key in metrics]
+
+
+def _classes(card: CardData) -> list[dict[str, Any]]:
+    kinds = [card.metrics.get(f"eval_per_category_{kind}") for kind in ("iou", "accuracy")]
+    if None in kinds:
+        return []
+    return [
+        {"name": name, "iou": kinds[0][index], "accuracy": kinds[1][index]} for index, name in card.id2label.items()
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{name}` {escape(value)}" for name, value in values.items())
+
+
+def _some(names: Iterable[str], most: int = 8) -> str:
+    """Names as a list in words, cut short."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(escape, names[:most])) + more
+
+
+def _one_line(value: Any) -> str:
+    return " ".join(str(value).split())
+
+
+def escape(value: Any) -> str:
+    """Text as Markdown shows it letter by letter, in one line: also in a cell of a table, and without HTML."""
+    text = _one_line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]#!|~$]|(?<=:)/(?=/))", r"\\\1", text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    folders = sys.argv[1:] if argv is None else argv
+    if not folders or folders[0] in ("-h", "--help"):
+        print(__doc__)
+    try:
+        for folder in folders:
+            CardData.load(folder).save(folder)
+            print(Path(folder) / CARD)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

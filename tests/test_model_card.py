@@ -1,0 +1,226 @@
+"""Model cards: the Hub's own parser reads them, names cannot break them, the committed ones are what is rendered."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_segformer
+from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pals_hf import PALSConfig, PALSTrainer, model_card
+from pals_hf.errors import InputError
+from pals_hf.model_card import CARD, CARD_DATA, CardData, CardFacts, Comparison, escape, render
+
+ROOT = Path(__file__).parents[1]
+METRICS = {
+    "eval_mean_iou": 0.5,
+    "eval_mean_accuracy": 0.625,
+    "eval_overall_accuracy": 0.75,
+    "eval_loss": 0.25,
+    "eval_per_category_iou": [0.9, 0.1, None],
+    "eval_per_category_accuracy": [0.95, 0.3, None],
+    "eval_runtime": 3.0,
+}
+
+
+def card(**changes):
+    known = {
+        "model_name": "someone/streets",
+        "architecture": "SegformerForSemanticSegmentation",
+        "id2label": {0: "sky", 1: "car", 2: "pole"},
+        "loss": "pals",
+        "loss_settings": {"beta": 0.3, "tau": 0.3},
+        "settings": {"crop_size": [180, 240], "max_steps": 500},
+        "base_model": "nvidia/mit-b0",
+        "base_model_revision": "a" * 40,
+        "step": 500,
+        "epoch": 100.0,
+        "metrics": METRICS,
+        "history": [{"step": 500, "eval_loss": 0.25, "eval_mean_iou": 0.5}],
+        "seconds": 300.0,
+        "hardware": "2 threads of a processor",
+        "versions": {"pals_hf": "0.1.0", "torch": "2.9.0"},
+        "facts": CardFacts(
+            license="apache-2.0",
+            dataset="Streets",
+            dataset_id="someone/streets-data",
+            dataset_revision="b" * 40,
+            dataset_license="cc-by-4.0",
+            train_images=37,
+            available_images=367,
+            validation_images=101,
+            split_method="random",
+            split_seed=0,
+            manifest_sha256="c" * 64,
+        ),
+    }
+    return CardData(**{**known, **changes})
+
+
+def test_what_the_hub_reads():
+    header = ModelCard(render(card())).data
+    assert header.to_dict() | {"model-index": None} == {
+        "library_name": "transformers",
+        "pipeline_tag": "image-segmentation",
+        "license": "apache-2.0",
+        "base_model": "nvidia/mit-b0",
+        "base_model_revision": "a" * 40,
+        "datasets": ["someone/streets-data"],
+        "metrics": ["mean_iou", "accuracy"],
+        "tags": ["pals", "loss-pals", "fraction-0.1", "semantic-segmentation", "vision"],
+        "model-index": None,
+    }
+    figures = {result.metric_name: result.metric_value for result in header.eval_results}
+    assert figures == {"mean_iou": 0.5, "mean_accuracy": 0.625, "overall_accuracy": 0.75, "loss": 0.25}
+    for result in header.eval_results:
+        assert (result.task_type, result.dataset_split) == ("image-segmentation", "validation")
+        assert (result.dataset_type, result.dataset_revision) == ("someone/streets-data", "b" * 40)
+
+
+def test_what_people_read():
+    text = ModelCard(render(card())).text
+    first_screen = text[: text.index("## What PALS is")]
+    for said in (
+        "37 labelled images** of 367 of Streets",
+        "| this checkpoint | 50.0 | 62.5 | 75.0 |",
+        "No study compares",
+    ):
+        assert said in first_screen
+    for said in (
+        "| sky | 90.0 | 95.0 |",
+        "| pole |  |  |",
+        "SHA-256 `" + "c" * 64,
+        "| `crop_size` | \\[180, 240\\] |",
+        "below 20 % IoU: car.",
+        "5 min of training and evaluation on 2 threads of a processor",
+        "terms of the training data may bind what is made of it: cc-by-4.0",
+        "doi     = {10.3390/s22072623}",
+    ):
+        assert said in text
+    assert "curves.png" not in text
+    assert "![Training loss" in render(card(pictures=("curves.png",)))
+
+
+def test_comparison():
+    rows = [
+        {"method": "ce", "runs": 6, "mean_iou": "44.7", "difference": "", "ece": "3.1"},
+        {"method": "pals", "runs": 6, "mean_iou": "44.9", "difference": "+0.2 [-0.5, 0.9]", "ece": "2.1"},
+    ]
+    text = render(card(comparison=Comparison("examples/studies/x", "6 pairs of draw and seed", rows)))
+    assert "| pals | 6 | 44.9 | +0.2 [-0.5, 0.9] | 2.1 |" in text
+    assert "No study compares" not in text
+
+
+def test_nothing_is_guessed():
+    """Only what is always known: no license, no data, no results."""
+    unknown = {"base_model": None, "base_model_revision": None, "metrics": {}, "history": [], "seconds": None}
+    text = render(card(**unknown, facts=CardFacts(), settings={}, loss="ce", loss_settings={}))
+    header = ModelCard(text).data.to_dict()
+    assert header.keys() == {"library_name", "pipeline_tag", "metrics", "tags"}
+    for said in ("saved before they were evaluated", "Started from random weights", "Not recorded", "Not measured."):
+        assert said in text
+    assert "None" not in text
+    assert "trained with plain cross-entropy" in text
+
+
+def test_a_folder_is_no_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    for name, public in (("runs/mine", "mine"), (str(tmp_path / "runs" / "mine"), "mine"), ("", None), ("a/b", "a/b")):
+        assert model_card.public_name(name) == public
+    assert "base_model" not in ModelCard(render(card(base_model="mine"))).data.to_dict()
+
+
+HOSTILE = st.text(min_size=1, max_size=40) | st.sampled_from(
+    [
+        "a|b",
+        "<script>",
+        "---",
+        "a\n---\nb",
+        "{{ card }}",
+        "{% raw %}",
+        "`x`",
+        "[a](http://b)",
+        "![x](y)",
+        "# h",
+        "yes",
+        "*b*",
+    ]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=HOSTILE, label=HOSTILE, data=HOSTILE, license=HOSTILE)
+def test_names_cannot_break_it(name, label, data, license):
+    facts = CardFacts(license="mit", dataset=data, dataset_license=license)
+    text = render(card(model_name=name, id2label={0: label, 1: "car", 2: "pole"}, facts=facts))
+    read = ModelCard(text)
+    assert str(read) == text
+    assert len(read.data.eval_results) == 4
+    (row,) = [line for line in text.splitlines() if line.endswith("| 90.0 | 95.0 |")]
+    assert row == f"| {escape(label)} | 90.0 | 95.0 |"
+    assert text.count("\n## ") == 8
+    assert "<script" not in read.text
+
+
+def test_escape():
+    assert escape("a|b <i>_x_</i>\n[c](http://d)") == "a\\|b &lt;i&gt;\\_x\\_&lt;/i&gt; \\[c\\](http:\\//d)"
+    assert escape(0.3) == "0.3"
+
+
+def test_data_and_page(tmp_path):
+    whole = card(pictures=("curves.png",), comparison=Comparison("s", "2 pairs", [{"method": "ce"}]))
+    dataclasses.replace(whole, comparison=None).save(tmp_path)
+    first = (tmp_path / CARD).read_bytes()
+    assert CardData.load(tmp_path) == dataclasses.replace(whole, comparison=None)
+    subprocess.run([sys.executable, "-m", "pals_hf.model_card", tmp_path], check=True, capture_output=True)
+    assert (tmp_path / CARD).read_bytes() == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CARD, CARD_DATA]
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"id2label": {}, "pictures": [], "facts": {"x": 1}}'])
+def test_no_data_of_a_card(content, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / CARD_DATA).write_text(content)
+    with pytest.raises(InputError, match="no data of a model card"):
+        CardData.load(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        model_card.main([str(tmp_path)])
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / CARD_DATA}")
+
+
+def test_a_trainer_without_a_script(tmp_path):
+    """What it knows by itself is in the card: settings that differ, no token, no way to a folder."""
+    tiny_segformer().save_pretrained(tmp_path / "start")
+    network = type(tiny_segformer()).from_pretrained(tmp_path / "start")
+    changed = {"loss": "label_smoothing", "learning_rate": 1e-3, "seed": 7}
+    args = PALSConfig(str(tmp_path / "run"), **changed, eval_strategy="no", hub_token="hf_secret")
+    trainer = PALSTrainer(network, args)
+    trainer.create_model_card(license="mit", model_name="me/mine", tags=["ignored"])
+    data = CardData.load(tmp_path / "run")
+    assert (data.loss, data.loss_settings) == ("label_smoothing", {"smoothing": 0.1})
+    assert data.settings == {"learning_rate": 1e-3, "seed": 7}
+    assert (data.base_model, data.facts.license, data.model_name) == ("start", "mit", "me/mine")
+    for path in (tmp_path / "run").iterdir():
+        assert "hf_secret" not in path.read_text()
+        assert str(tmp_path) not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent for path in ROOT.glob(f"model_cards/*/{CARD}")), ids=lambda p: p.name
+)
+def test_committed_cards(folder):
+    """They are what their data renders to, and their figures are those of the study's result."""
+    data = CardData.load(folder)
+    assert render(data).encode() == (folder / CARD).read_bytes()
+    source = yaml.safe_load((ROOT / "model_cards" / "references.yaml").read_text())[folder.name]
+    result = json.loads((ROOT / source["result"]).read_text())
+    assert data.metrics == {name: value for name, value in result["metrics"].items() if name != "epoch"}
+    assert "predictions.png" not in data.pictures
+    assert {path.name for path in folder.iterdir()} == {CARD, CARD_DATA, *data.pictures}
