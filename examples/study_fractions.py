@@ -30,6 +30,7 @@ from sweep import read_cells, read_result, reason_of, run_cells, write_whole
 from tqdm import tqdm
 
 from pals_hf.errors import InputError
+from pals_hf.model_card import Comparison
 
 AXES = ("method", "train_fraction", "pair")
 MIN_PAIRS = 6  # with fewer no sign test reaches 5 %
@@ -161,6 +162,37 @@ def markdown(results: Results, rows: list[dict[str, Any]], baseline: str) -> str
     if results.missing:
         lines.append(f"{results.missing} runs of the recipe are missing.")
     return "\n".join(lines) + "\n"
+
+
+def comparison(results: Results, fraction: str, study: str, baseline: str = "ce") -> Comparison:
+    """What a study says of its methods on a fraction, for a model card.
+
+    Args:
+        results: of the study.
+        fraction: as its recipe calls it.
+        study: where it is, for readers.
+        baseline: the method that the others are compared with.
+    """
+    rows, pairs = [], set()
+    for method in results.methods:
+        scores, eces = (
+            list(results.values(method, fraction, reader(key, 100)).values()) for key in ("eval_mean_iou", "eval_ece")
+        )
+        if not scores:
+            continue
+        difference = results.compare(method, baseline, fraction, reader("eval_mean_iou", 100))
+        pairs.update(results.values(method, fraction, reader("eval_mean_iou", 100)))
+        rows.append(
+            {
+                "method": method,
+                "runs": len(scores),
+                "mean_iou": f"{np.mean(scores):.2f}",
+                "difference": "" if method == baseline or difference is None else str(difference),
+                "ece": f"{np.mean(eces):.2f}" if eces else "",
+            }
+        )
+    count = f"{len(pairs)} {'pair' if len(pairs) == 1 else 'pairs'} of draw and seed"
+    return Comparison(study, count if len(pairs) >= MIN_PAIRS else f"{count}, too few for a claim", rows)
 
 
 def plot(results: Results, folder: Path, baseline: str) -> None:

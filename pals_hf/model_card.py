@@ -270,9 +270,10 @@ def _header(card: CardData):
     from huggingface_hub import EvalResult, ModelCardData
 
     facts = card.facts
+    first = [*_HIGHLIGHTS, *sorted(card.metrics)]
     figures = {
         name.removeprefix("eval_"): value
-        for name, value in card.metrics.items()
+        for name, value in sorted(card.metrics.items(), key=lambda item: first.index(item[0]))
         if name.startswith("eval_") and isinstance(value, int | float) and not _is_speed(name)
     }
     dataset = {

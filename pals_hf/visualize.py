@@ -144,15 +144,23 @@ def _beside_legend(picture: Image.Image, entries: Sequence[tuple[str, Sequence[i
 
 
 def training_curves(log_history: list[dict[str, Any]], path: str | os.PathLike) -> None:
-    """Write a picture of training loss and validation mIoU over the steps. Needs matplotlib (extra `plots`)."""
+    """Write a picture of training loss and validation mIoU over the steps, as far as there are several points of them.
+
+    Needs matplotlib (extra `plots`).
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    for axis, key, title in zip(
-        figure.subplots(1, 2), ("loss", "eval_mean_iou"), ("training loss", "validation mIoU"), strict=True
+    titles = {"loss": "training loss", "eval_mean_iou": "validation mIoU"}
+    curves = {
+        title: [(entry["step"], entry[key]) for entry in log_history if entry.get(key) is not None]
+        for key, title in titles.items()
+    }
+    drawn = {title: points for title, points in curves.items() if len(points) > 1}  # a point is no curve
+    figure = Figure(figsize=(4 * max(1, len(drawn)), 3), layout="constrained")
+    for axis, (title, points) in zip(
+        figure.subplots(1, max(1, len(drawn)), squeeze=False)[0], drawn.items(), strict=False
     ):
-        points = [(entry["step"], entry[key]) for entry in log_history if entry.get(key) is not None]
-        axis.plot(*zip(*points, strict=True) if points else ([], []), marker="." if len(points) < 40 else None)
+        axis.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None)
         axis.set(xlabel="step", title=title)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
