@@ -13,6 +13,7 @@ from pathlib import Path
 
 import hub
 import pytest
+from launching import launcher
 
 CLIENT = Path(__file__).parent / "hub_client.py"
 IS_REAL = "PALS_HF_TESTS_ON_REAL_HUB" in os.environ
@@ -114,6 +115,24 @@ def test_faults(server, tmp_path):
         assert ("model", f"maintainer/{name}") not in server.repositories or not server.files(f"maintainer/{name}")
     assert results["a token in a file"]["code"] == 2
     assert "train_results.json contains your token" in results["a token in a file"]["lines"][0]
+
+
+@only_on_loopback
+@pytest.mark.slow
+def test_two_processes_push_once(server, tmp_path):
+    script = Path(__file__).parents[1] / "examples" / "run_seg_pals.py"
+    flags = ["--train_count", "4", "--max_steps", "2", "--save_steps", "1", "--per_device_train_batch_size", "2"]
+    flags += ["--push_to_hub", "True", "--hub_model_id", "maintainer/both", "--hub_always_push", "True"]
+    environment = hub.environment(server.endpoint, str(tmp_path / "home")) | {"ACCELERATE_USE_CPU": "true"}
+    command = [*launcher(script, processes=2), *flags, "--output_dir", str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("pushed: ") == 1
+    assert (
+        len(server.repositories["model", "maintainer/both"].commits) == 1 + 2 + 1
+    )  # at the start, the saves, the end
+    assert server.calls.count("POST /api/repos/create") == 1
+    no_token_in(server.files("maintainer/both"))
 
 
 @only_on_loopback
