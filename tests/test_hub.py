@@ -94,6 +94,7 @@ def test_a_run(server, tmp_path):
 def test_faults(server, tmp_path):
     """What may pass is tried again; the rest ends in one line, and the run is as it was."""
     results, _ = as_user(server, "push_through_faults", tmp_path)
+    assert hub.TOKEN not in json.dumps(results)
     sha256, run = results.pop("sha256"), tmp_path / "run"
     for what in ("500 once", "503", "cut in a large file", "cut while committing"):
         assert results[what]["code"] == 0, results[what]

@@ -1,14 +1,21 @@
 """Model cards: the Hub's own parser reads them, names cannot break them, the committed ones are what is rendered."""
 
 import dataclasses
+import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import tiny_segformer
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import run_seg_pals
 
 from pals_hf import PALSConfig, PALSTrainer, model_card
 from pals_hf.errors import InputError
@@ -206,3 +213,38 @@ def test_a_trainer_without_a_script(tmp_path):
     for path in (tmp_path / "run").iterdir():
         assert "hf_secret" not in path.read_text()
         assert str(tmp_path) not in path.read_text()
+
+
+def test_every_checkpoint_has_its_own(folder, tmp_path):
+    """With the figures of its weights, or none; time adds up over a resumption; the end shows what came last."""
+    flags = [
+        "--dataset_dir",
+        folder,
+        "--void_labels",
+        "11",
+        "--crop_size",
+        "32",
+        "32",
+        "--per_device_train_batch_size",
+        "2",
+    ]
+    flags += ["--save_steps", "1", "--eval_steps", "2", "--save_total_limit", "9", "--disable_tqdm", "True"]
+    flags += ["--license", "mit", "--train_count", "4", "--max_steps", "4", "--output_dir", tmp_path / "run"]
+    run_seg_pals.main(list(map(str, flags)))
+    cards = {step: CardData.load(tmp_path / "run" / f"checkpoint-{step}") for step in (1, 2, 3, 4)}
+    assert [card.step for card in cards.values()] == [1, 2, 3, 4]
+    assert [bool(card.metrics) for card in cards.values()] == [False, True, False, True]
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    scored = {entry["step"]: entry["eval_mean_iou"] for entry in state["log_history"] if "eval_mean_iou" in entry}
+    assert {step: cards[step].metrics["eval_mean_iou"] for step in (2, 4)} == scored
+    assert cards[3].history == cards[2].history
+    assert [card.seconds for card in cards.values()] == sorted(card.seconds for card in cards.values())
+    last = CardData.load(tmp_path / "run")
+    assert last.metrics == json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert last.facts.manifest_sha256 == json.loads((tmp_path / "run" / "train_fraction.json").read_text())["sha256"]
+    assert (last.facts.license, last.facts.train_images, last.facts.validation_images) == ("mit", 4, 5)
+    assert last.settings["void_labels"] == [11]
+    assert set(last.pictures) == {"curves.png", "predictions.png"}
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    run_seg_pals.main([*map(str, flags), "--resume_from_checkpoint", "last"])
+    assert CardData.load(tmp_path / "run" / "checkpoint-4").seconds > cards[3].seconds

@@ -140,7 +140,7 @@ class TestFolder:
         train = load(folder).train
         left, held_out = cut_matching(train, "street [12]$")
         assert [id[-1] for id in held_out["id"]] == ["1", "2"]
-        assert sorted(left["id"] + held_out["id"]) == sorted(train["id"])
+        assert sorted([*left["id"], *held_out["id"]]) == sorted(train["id"])
         for pattern, problem in (
             ("alley", "matches 0 of the 8"),
             ("street", "matches 8 of the 8"),

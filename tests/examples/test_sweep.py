@@ -72,6 +72,7 @@ def test_bad_recipes(tmp_path, content, message):
         sweep.read_cells(path)
 
 
+@pytest.mark.slow
 def test_is_cut_and_goes_on(folder, tmp_path):
     """Killed once a first result exists; what is done is not done again. One cell fails, is retried and reported."""
     grid = {"method": {"ce": {"loss": "ce"}, "pals": {"loss": "pals"}, "bad": {"train_count": 99}}}  # of 8 images
