@@ -259,8 +259,13 @@ class PALSTrainer(Trainer):
         """Run a network; what its tap read, with the features that `args.affinity_source` names."""
         source = self.args.affinity_source if isinstance(self.loss_function, PALSLoss) else None
         inputs = {name: value for name, value in inputs.items() if name not in ("labels", WEAK_VIEW, ID)}
-        with tap:
-            outputs = model(**inputs, **({"output_hidden_states": True} if source == "encoder" else {}))
+        try:
+            with tap:
+                outputs = model(**inputs, **({"output_hidden_states": True} if source == "encoder" else {}))
+        except IndexError as error:  # backbones of timm in transformers
+            if source != "encoder":
+                raise
+            raise InputError("affinity_source='encoder': this network does not give its hidden states") from error
         reading = tap.read()
         if source == "logits":
             reading = reading._replace(features=reading.logits)

@@ -208,6 +208,17 @@ class TestTraining:
         with pytest.raises(InputError, match="encoder_stage 99"):
             PALSTrainer(model, args, train_dataset=Examples(size=(64, 64))).rehearse()
 
+    def test_a_backbone_that_keeps_its_stages_to_itself(self, tmp_path):
+        """Those of timm, in transformers."""
+        pytest.importorskip("timm", reason="needs the extra `timm`")
+        from transformers import TimmBackboneConfig
+
+        backbone = TimmBackboneConfig("test_efficientnet", use_pretrained_backbone=False, out_indices=[1, 2, 3, 4])
+        network = tiny_upernet(backbone_config=backbone)
+        trainer = PALSTrainer(network, config(tmp_path, affinity_source="encoder"), train_dataset=Examples(2))
+        with pytest.raises(InputError, match="does not give its hidden states"):
+            trainer.rehearse()
+
     def test_padding_is_never_distilled(self, folder, tmp_path):
         data = load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID])
         dataset = TransformedDataset(data.train, TrainTransform(build_image_processor(None), (64, 64)))

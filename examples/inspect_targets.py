@@ -1,0 +1,198 @@
+#!/usr/bin/env python
+"""Look at what PALS would learn from: is the average over similar pixels better than the network's own prediction?
+
+    python examples/inspect_targets.py --model runs/mine --dataset_dir my_data
+
+For a trained network, the training images (or with `--validation` those that are not trained on) and every setting of
+the affinity, prints how often q is right at labelled pixels, its negative log-likelihood and its entropy, beside the
+same of the own prediction p at the same temperature. Where q is not better than p, comparing pixels cannot help. With
+`--label_noise` also how often each says the truth where a label that was made wrong does not. Everything is written to
+`targets.json`, and `targets.png` shows image, labels, p, q and the entropy of q. The network is in evaluation mode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from run_seg_pals import DataArguments, OneLineParser, fail, read_data
+from tqdm import tqdm
+
+from pals_hf.data import FractionManifest
+from pals_hf.data.degrade import mislabel
+from pals_hf.data.sources import cut_matching
+from pals_hf.errors import InputError
+from pals_hf.functional import aggregate_probabilities, entropy, upsample
+from pals_hf.inference import load_for_inference
+from pals_hf.models import ClassifierTap, encoder_features, patch_size_of
+from pals_hf.visualize import heat_map, palette
+
+OWN = "own prediction"
+NUM_PICTURES = 4
+
+
+@dataclass
+class TargetArguments(DataArguments):
+    """What to look at."""
+
+    model: str = field(default="", metadata={"help": "Trained checkpoint: folder or name on the Hub."})
+    validation: bool = field(default=False, metadata={"help": "Look at validation images instead of training images."})
+    train_fraction: float | None = field(default=None, metadata={"help": "Only at this fraction of the images."})
+    train_count: int | None = field(default=None, metadata={"help": "Only at so many of the images."})
+    tuning_ids: str | None = field(
+        default=None, metadata={"help": "As in training: images held out, which --validation then means."}
+    )
+    label_noise: float | None = field(default=None, metadata={"help": "Make labels wrong, as in training."})
+    taus: list[float] = field(default_factory=lambda: [0.03, 0.1, 0.3], metadata={"help": "Of the affinity."})
+    temperatures: list[float] = field(default_factory=lambda: [1.0, 4.0], metadata={"help": "Of the predictions."})
+    sources: list[str] = field(
+        default_factory=lambda: ["classifier_input", "logits"],
+        metadata={"help": "What is compared: these, or the `encoder`."},
+    )
+    output_dir: str = field(default=".", metadata={"help": "Folder for targets.json and targets.png."})
+
+
+@dataclass
+class Score:
+    """Sums over labelled pixels."""
+
+    pixels: int = 0
+    hits: int = 0
+    nll: float = 0.0
+    entropy: float = 0.0
+    wrong: int = 0  # pixels whose label was made wrong
+    truths: int = 0  # of these, where the truth is the most likely class
+
+    def add(self, q: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor) -> None:
+        """q `(C, H, W)`; labels, as they are learned from, and truth `(H, W)`."""
+        labelled, best = truth != 255, q.argmax(dim=0)
+        self.pixels += int(labelled.sum())
+        self.hits += int((best == truth)[labelled].sum())
+        picked = q.gather(0, truth.where(labelled, 0)[None])[0][labelled]
+        self.nll -= float(picked.clamp(min=1e-12).log().double().sum())
+        self.entropy += float(entropy(q[None])[0][labelled].double().sum())
+        wrong = labelled & (labels != truth)
+        self.wrong += int(wrong.sum())
+        self.truths += int((best == truth)[wrong].sum())
+
+    def means(self) -> dict[str, float]:
+        means = {name: getattr(self, name) / self.pixels for name in ("hits", "nll", "entropy")}
+        return means | ({"truths": self.truths / self.wrong} if self.wrong else {})
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(TargetArguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        results = inspect(args)
+    except InputError as error:
+        fail(error)
+    (Path(args.output_dir) / "targets.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    print_table(results)
+    print(f"\nwritten to {args.output_dir}: targets.json, targets.png")
+
+
+def inspect(args: TargetArguments) -> list[dict[str, Any]]:
+    """The scores of every setting, and the picture on the way."""
+    if not args.model:
+        raise InputError("model is missing: a trained checkpoint to look at")
+    model, processor = load_for_inference(args.model)
+    pairs, id2label = list(read_pairs(args)), model.config.id2label
+    settings = [(OWN, 0.0, temperature) for temperature in args.temperatures]
+    settings += itertools.product(args.sources, args.taus, args.temperatures)
+    scores, rows = {setting: Score() for setting in settings}, []
+    for image, labels, truth in tqdm(pairs, desc="images", disable=not sys.stderr.isatty()):
+        maps = read_maps(model, processor, image, args.sources)
+        labels, truth = (torch.from_numpy(np.asarray(mask, dtype=np.int64)) for mask in (labels, truth))
+        for setting, score in scores.items():
+            q = target(maps, *setting, size=truth.shape)
+            score.add(q, labels, truth)
+            if setting == settings[0]:
+                own = q
+        if len(rows) < NUM_PICTURES:
+            rows.append((image, labels, own, target(maps, *settings[len(args.temperatures)], size=truth.shape)))
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    draw(rows, len(id2label), Path(args.output_dir) / "targets.png")
+    return [
+        {"source": source, "tau": tau or None, "temperature": temperature, **scores[source, tau, temperature].means()}
+        for source, tau, temperature in settings
+    ]
+
+
+def read_pairs(args: TargetArguments) -> Iterator[tuple[Image.Image, Image.Image, Image.Image]]:
+    """Images, the masks that are learned from, and the true masks."""
+    data = read_data(args, skip_bad_samples=False)
+    train, held_out = data.train, data.validation
+    if args.tuning_ids is not None:
+        train, held_out = cut_matching(train, args.tuning_ids)
+    images = held_out if args.validation else train
+    if args.train_fraction is not None or args.train_count is not None:
+        manifest = FractionManifest.draw(images, args.train_fraction, args.split_seed, count=args.train_count)
+        images = manifest.select(images)
+    learned = images if args.label_noise is None else mislabel(images, args.label_noise, args.split_seed)
+    for row, worse in zip(images, learned, strict=True):
+        yield row["image"], worse["labels"], row["labels"]
+
+
+@torch.no_grad()
+def read_maps(model, processor, image: Image.Image, sources: list[str]) -> dict[str, torch.Tensor]:
+    """Logits and the features of each source, on the classifier's grid."""
+    tap = ClassifierTap(model)
+    inputs = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"].to(model.device)
+    with tap:
+        outputs = model(pixel_values=inputs, output_hidden_states="encoder" in sources)
+    reading = tap.read()
+    maps = {"classifier_input": reading.features, "logits": reading.logits}
+    if "encoder" in sources:
+        size, grid = inputs.shape[2:], reading.logits.shape[2:]
+        maps["encoder"] = encoder_features(outputs.hidden_states, -1, size, grid, patch_size_of(model.config))
+    if unknown := set(sources) - maps.keys():
+        raise InputError(f"sources must be among {', '.join(maps)}, got {min(unknown)!r}")
+    return maps
+
+
+def target(maps: dict[str, torch.Tensor], source: str, tau: float, temperature: float, size) -> torch.Tensor:
+    """p or q `(C, H, W)` at the size of the labels, as it is mixed into them."""
+    q = (maps["logits"].float() / temperature).softmax(dim=1)
+    if source != OWN:
+        q = aggregate_probabilities(maps[source], q, tau=tau)
+    return upsample(q, size)[0].cpu()
+
+
+def draw(rows: list[tuple], num_labels: int, path: Path) -> None:
+    """A picture of image | labels | p | q | entropy of q, a row an image."""
+    colors, pictures = palette(num_labels), []
+    for image, labels, own, q in rows:
+        masks = [colors[mask.numpy().astype(np.uint8)] for mask in (labels, own.argmax(dim=0), q.argmax(dim=0))]
+        unsure = heat_map(entropy(q[None])[0] / np.log(num_labels))
+        pictures.append([image.convert("RGB"), *map(Image.fromarray, masks), unsure])
+    widths = [max(row[column].width for row in pictures) for column in range(5)]
+    heights = [max(picture.height for picture in row) for row in pictures]
+    sheet = Image.new("RGB", (sum(widths), sum(heights)), "white")
+    for number, row in enumerate(pictures):
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (sum(widths[:column]), sum(heights[:number])))
+    sheet.save(path)
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    has_truths = "truths" in results[0]
+    head = f"{'compared':<18}{'tau':>6}{'T':>6}{'right, %':>10}{'NLL':>8}{'entropy':>9}"
+    print(head + ("  right where labels are wrong, %" if has_truths else ""))
+    for row in results:
+        tau = "" if row["tau"] is None else f"{row['tau']:g}"
+        line = f"{row['source']:<18}{tau:>6}{row['temperature']:>6g}{100 * row['hits']:>10.2f}{row['nll']:>8.3f}"
+        print(f"{line}{row['entropy']:>9.3f}" + (f"{100 * row['truths']:>33.2f}" if has_truths else ""))
+
+
+if __name__ == "__main__":
+    main()
