@@ -213,7 +213,9 @@ class TestTraining:
         pytest.importorskip("timm", reason="needs the extra `timm`")
         from transformers import TimmBackboneConfig
 
-        backbone = TimmBackboneConfig("test_efficientnet", use_pretrained_backbone=False, out_indices=[1, 2, 3, 4])
+        backbone = TimmBackboneConfig(
+            backbone="test_efficientnet", use_pretrained_backbone=False, out_indices=[1, 2, 3, 4]
+        )
         network = tiny_upernet(backbone_config=backbone)
         trainer = PALSTrainer(network, config(tmp_path, affinity_source="encoder"), train_dataset=Examples(2))
         with pytest.raises(InputError, match="does not give its hidden states"):
