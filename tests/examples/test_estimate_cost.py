@@ -30,6 +30,7 @@ def test_says_what_a_run_needs():
     ]
 
 
+@pytest.mark.slow
 def test_formula_and_measurement_agree():
     """Of the largest part that is quick to measure; allocators differ, so not to the last megabyte."""
     command = [
