@@ -19,7 +19,7 @@ from pathlib import Path
 from run_seg_pals import fail
 
 from pals_hf.errors import InputError, PushError
-from pals_hf.hub import create_repo, push_folder
+from pals_hf.hub import create_repo, push_command, push_folder
 from pals_hf.inference import load_for_inference
 from pals_hf.model_card import CardData, pictures_in
 
@@ -43,11 +43,13 @@ def push(
     """
     card, leave_out = CardData.load(folder), leave_out or []
     load_for_inference(str(folder), "cpu")  # as everybody will
-    repo_id = create_repo(repo_id, folder, private)
+    options = {"private": private, "license": license, "revision": revision, "leave_out": leave_out}
+    later = push_command(folder, repo_id, **options)
+    repo_id = create_repo(repo_id, folder, private, later=later)
     pictures = [name for name in pictures_in(folder) if not any(fnmatch(name, pattern) for pattern in leave_out)]
     facts = card.facts if license is None else replace(card.facts, license=license)
     replace(card, model_name=repo_id, facts=facts, pictures=tuple(pictures)).save(folder)
-    return push_folder(folder, repo_id, revision=revision, leave_out=leave_out).repo_url
+    return push_folder(folder, repo_id, revision=revision, leave_out=leave_out, later=later).repo_url
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -374,9 +374,9 @@ def set_threads(num_threads: int | None) -> None:
 
 
 def choose_output_dir(args: ScriptArguments, config: PALSConfig) -> None:
-    """Settle where the run goes and what it resumes, without writing anything yet."""
+    """Settle where the run goes and what it resumes; nothing is written yet but a checkpoint from the Hub."""
     if config.resume_from_checkpoint is not None:
-        checkpoint = find_checkpoint(config.resume_from_checkpoint, config.output_dir)
+        checkpoint = find_checkpoint(config)
         config.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
         config.output_dir = config.output_dir or str(checkpoint.parent)
         if is_main_process():
@@ -408,26 +408,35 @@ def refuse_other_history(folder: Path, args: ScriptArguments, config: PALSConfig
     )
 
 
-def find_checkpoint(resume: str, output_dir: str) -> Path | None:
+def find_checkpoint(config: PALSConfig) -> Path | None:
     """The checkpoint that `last`, `auto`, a run's folder or a checkpoint's own path means.
 
     The newest complete one, fetched first if it is in a repository on the Hub; `auto` starts anew, None, where there
     is none.
     """
+    resume, output_dir = config.resume_from_checkpoint, config.output_dir
     if resume == "auto" and not output_dir:
         raise InputError("resume_from_checkpoint auto needs the run's output_dir")
     path = Path(output_dir or ".") if resume in ("last", "auto") else Path(resume)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", resume):
-        return fetch_checkpoint(resume, Path(output_dir or f"runs/{path.name}"))
+        return fetch_checkpoint(resume, Path(config.output_dir or f"runs/{path.name}"), config)
     checkpoint = path if is_complete_checkpoint(path) else last_complete_checkpoint(path)
     if checkpoint is None and resume != "auto":
         raise InputError(f"resume_from_checkpoint {resume}: there is no complete checkpoint at {path}")
     return checkpoint
 
 
-def fetch_checkpoint(repo_id: str, run_dir: Path) -> Path | None:
+def fetch_checkpoint(repo_id: str, run_dir: Path, config: PALSConfig) -> Path | None:
     with PartialState().main_process_first():
-        return download_checkpoint(repo_id, run_dir) if is_main_process() else last_complete_checkpoint(run_dir)
+        if not is_main_process():
+            return last_complete_checkpoint(run_dir)
+        if files_of_a_run(run_dir):
+            raise InputError(
+                f"output_dir {run_dir} already holds a run: use --resume_from_checkpoint last, or another folder for "
+                f"that of {repo_id}"
+            )
+        with claimed(run_dir):
+            return download_checkpoint(repo_id, run_dir, config.hub_revision, config.hub_token)
 
 
 def goes_on_in(folder: Path, config: PALSConfig) -> bool:
@@ -607,7 +616,7 @@ def prepare_output_dir(
     """Make the folder this run's own. All input has been checked by now."""
     folder = Path(config.output_dir)
     if config.resume_from_checkpoint is not None:
-        recorded = Path(config.resume_from_checkpoint).parent / MANIFEST
+        recorded = Path(config.resume_from_checkpoint) / MANIFEST
         if recorded.exists() and FractionManifest.load(recorded) != manifest:
             raise InputError(f"{config.resume_from_checkpoint} was trained on other images: see {recorded}")
     if is_main_process():

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tenacity
 from httpx2 import HTTPError, TransportError
-from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HFValidationError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -26,28 +26,61 @@ from huggingface_hub.errors import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .checkpoints import UNFINISHED, clear_unfinished, is_complete_checkpoint, publish
+from .checkpoints import UNFINISHED, clear_unfinished, is_complete_checkpoint, last_complete_checkpoint, publish
 from .data.fractions import MANIFEST
 from .errors import InputError, PushError, first_line
+from .model_card import CARD_DATA
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 Result = TypeVar("Result")
 
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json")
-PUSHED = (
-    *MODEL_FILES,
-    *("training_args.bin", TRAINER_STATE_NAME, MANIFEST, "*_results.json"),
-    *("README.md", "model_card.json", "*.png"),
+MODEL_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json"),
+    *("training_args.bin", MANIFEST, CARD_DATA, "README.md"),
 )
+RUN_FILES = (*MODEL_FILES, TRAINER_STATE_NAME, "*_results.json", "*.png")
+# Unfinished or locked things, and checkpoints: also those of the trials of a search, which have folders of their own.
+NOT_OF_THE_RUN = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"*/{PREFIX_CHECKPOINT_DIR}-*")
 LAST_CHECKPOINT = "last-checkpoint"  # where transformers' hub_strategy="checkpoint" puts one to go on from
-_PASSING = (429, 500, 502, 503, 504)
+# What may pass, among it commits that crossed each other.
+_PASSING = (409, 412, 429, 500, 502, 503, 504)
 _TRIES = 4
+_background = ThreadPoolExecutor(max_workers=1)  # commits to a branch must not cross
 
 
-def create_repo(repo_id: str, folder: str | os.PathLike, private: bool | None = None, token: str | None = None) -> str:
+def push_command(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    license: str | None = None,
+    revision: str | None = None,
+    leave_out: Sequence[str] = (),
+) -> str:
+    """The command line that pushes a folder later."""
+    flags = ["--private"] if private else []
+    flags += ["--license", license] if license else []
+    flags += ["--revision", revision] if revision else []
+    flags += ["--leave_out", *leave_out] if leave_out else []
+    return shlex.join(["python", "examples/push_checkpoint.py", str(folder), "--repo_id", repo_id, *flags])
+
+
+def create_repo(
+    repo_id: str,
+    folder: str | os.PathLike,
+    private: bool | None = None,
+    token: str | None = None,
+    later: str | None = None,
+) -> str:
     """Make sure that there is a model repository to push a run's folder to.
+
+    Args:
+        repo_id: NAME or OWNER/NAME.
+        folder: of the run.
+        private: whether a new repository is private.
+        token, later: see [`push_folder`].
 
     Returns:
         Its full name, with the owner.
@@ -55,8 +88,10 @@ def create_repo(repo_id: str, folder: str | os.PathLike, private: bool | None = 
     Raises:
         PushError: see [`push_folder`].
     """
-    create = HfApi(token=token).create_repo
-    return _persistently(lambda: create(repo_id, private=private, exist_ok=True), repo_id, folder).repo_id
+    create, later = HfApi(token=token).create_repo, later or push_command(folder, repo_id, private=private)
+    return _persistently(
+        lambda: create(repo_id, private=private, exist_ok=True), repo_id, folder, token, later
+    ).repo_id
 
 
 def push_folder(
@@ -67,8 +102,9 @@ def push_folder(
     revision: str | None = None,
     token: str | None = None,
     path_in_repo: str | None = None,
-    patterns: Sequence[str] = PUSHED,
+    patterns: Sequence[str] = RUN_FILES,
     leave_out: Sequence[str] = (),
+    later: str | None = None,
 ) -> CommitInfo:
     """Push the files of a run, or of a checkpoint, to an existing repository, in one commit.
 
@@ -82,15 +118,15 @@ def push_folder(
         revision: branch. Default: main.
         token: by default that of `hf auth login` or of the environment variable HF_TOKEN.
         path_in_repo: folder of the repository. Default: its root.
-        patterns: what is pushed. Files and folders whose name begins with an underscore, and checkpoints inside of the
-            folder, are not.
+        patterns: what is pushed; but never [`NOT_OF_THE_RUN`], unless all files (`*`) of a checkpoint are asked for.
         leave_out: patterns of what is not pushed in any case.
+        later: the command that the error names. Default: that of this push.
 
     Raises:
         PushError: it was not pushed. One line says why, and how to push it later.
         InputError: a file that would be pushed contains the token.
     """
-    never = ["_*", "*/_*", f"{PREFIX_CHECKPOINT_DIR}-*", *leave_out]
+    never = [*leave_out, *(() if "*" in patterns else NOT_OF_THE_RUN)]
     _refuse_tokens(Path(folder), patterns, never, token or get_token())
     upload = HfApi(token=token).upload_folder
     return _persistently(
@@ -105,50 +141,54 @@ def push_folder(
         ),
         repo_id,
         folder,
+        token,
+        later or push_command(folder, repo_id, revision=revision, leave_out=leave_out),
     )
 
 
 def push_in_background(folder: str | os.PathLike, repo_id: str, **options: Any) -> Future:
-    """[`push_folder`] while other things go on; one after the other."""
-    return HfApi().run_as_future(push_folder, folder, repo_id, **options)
+    """[`push_folder`] while other things go on, one after the other."""
+    return _background.submit(push_folder, folder, repo_id, **options)
 
 
-def download_checkpoint(repo_id: str, run_dir: str | os.PathLike) -> Path:
+def download_checkpoint(
+    repo_id: str, run_dir: str | os.PathLike, revision: str | None = None, token: str | None = None
+) -> Path:
     """Fetch the newest checkpoint of a repository into a run's folder, to go on from it.
 
     Args:
         repo_id: a repository that a run with `hub_strategy` "checkpoint" or "all_checkpoints" pushed to.
-        run_dir: gets `checkpoint-STEP`, and the manifest of the training images if there is none yet.
+        run_dir: gets `checkpoint-STEP`.
+        revision: branch or commit. Default: main.
+        token: see [`push_folder`].
 
     Raises:
         InputError: there is no such repository or no complete checkpoint in it.
     """
-    run_dir = Path(run_dir)
+    api, run_dir = HfApi(token=token), Path(run_dir)
     try:
-        paths = HfApi().list_repo_files(repo_id)
-        name = _newest_checkpoint(paths)
+        info = api.model_info(repo_id, revision=revision)
+        name = _newest_checkpoint([file.rfilename for file in info.siblings])
         if name is None:
             raise InputError(
-                f"{repo_id} holds no checkpoint to go on from: it was not pushed with --hub_strategy checkpoint"
+                f"{repo_id} holds no checkpoint to go on from: runs with --hub_strategy checkpoint push one"
             )
-        snapshot = Path(snapshot_download(repo_id, allow_patterns=[f"{name}/*", MANIFEST]))
-    except (HTTPError, OSError, HFValidationError) as error:
-        raise InputError(f"cannot fetch a checkpoint of {repo_id} from the Hub: {_reason(error, repo_id)}") from error
-    try:
-        step = json.loads((snapshot / name / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{name} of {repo_id}: {TRAINER_STATE_NAME} is damaged: {first_line(error)}") from error
+        snapshot = Path(api.snapshot_download(repo_id, revision=info.sha, allow_patterns=f"{name}/*")) / name
+        step = json.loads((snapshot / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    except InputError:
+        raise
+    except (HTTPError, OSError, RuntimeError, ValueError, KeyError) as error:
+        reason = _reason(error, repo_id, token)
+        raise InputError(f"cannot fetch a checkpoint of {repo_id} from the Hub: {reason}") from error
     checkpoint = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     written = run_dir / UNFINISHED / checkpoint.name
     clear_unfinished(run_dir)
-    shutil.copytree(snapshot / name, written)
+    shutil.copytree(snapshot, written)
     if not is_complete_checkpoint(written):
         clear_unfinished(run_dir)
         raise InputError(f"{name} of {repo_id} is no complete checkpoint: it lacks the state of the optimizer")
     publish(written, checkpoint)
     clear_unfinished(run_dir)
-    if (snapshot / MANIFEST).exists() and not (run_dir / MANIFEST).exists():
-        shutil.copy(snapshot / MANIFEST, run_dir / MANIFEST)
     return checkpoint
 
 
@@ -176,7 +216,9 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 # ---- When it fails ----
 
 
-def _persistently(call: Callable[[], Result], repo_id: str, folder: str | os.PathLike) -> Result:
+def _persistently(
+    call: Callable[[], Result], repo_id: str, folder: str | os.PathLike, token: str | None, later: str
+) -> Result:
     """Call it, and again where what went wrong may pass."""
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_may_pass),
@@ -186,34 +228,50 @@ def _persistently(call: Callable[[], Result], repo_id: str, folder: str | os.Pat
     )
     try:
         return retrying(call)
-    except (HTTPError, OSError, HFValidationError) as error:
-        is_trained = (Path(folder) / "config.json").exists()
-        left = f"Everything is still in {folder}"
-        if not is_trained:
-            left = "Nothing was trained: mend that, or leave out push_to_hub"
-        raise PushError(
-            f"not pushed to {repo_id}: {_reason(error, repo_id)}. {left}; push later with: "
-            f"python examples/push_checkpoint.py {folder} --repo_id {repo_id}"
-        ) from error
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # the client has no base of its own for them
+        times = f", {_TRIES} times" if _may_pass(error) else ""
+        reason = f"{_reason(error, repo_id, token)}{times}"
+        raise PushError(f"not pushed to {repo_id}: {reason}. {_what_is_left(Path(folder), later)}") from error
+
+
+def _what_is_left(folder: Path, later: str) -> str:
+    if (folder / CARD_DATA).exists():
+        return f"Everything is still in {folder}; push it later with: {later}"
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint is not None:
+        later = later.replace(shlex.quote(str(folder)), shlex.quote(str(checkpoint)), 1)
+        return f"The last checkpoint is {checkpoint}; push it later with: {later}"
+    return f"Nothing was trained: mend that, or train without push_to_hub, and push then with: {later}"
+
+
+def _source(error: BaseException) -> BaseException:
+    """What the client wrapped: it raises a RuntimeError of its own where a large file could not be sent."""
+    cause = error.__cause__
+    return cause if isinstance(error, RuntimeError) and isinstance(cause, HTTPError | OSError) else error
 
 
 def _may_pass(error: BaseException) -> bool:
+    error = _source(error)
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in _PASSING
-    return isinstance(error, TransportError)
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    # A server in trouble also answers with a page where the client looks for JSON.
+    return isinstance(error, TransportError | ConnectionError | TimeoutError | json.JSONDecodeError)
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
     """As long as the server asks for, else longer and longer."""
-    error = state.outcome.exception()
+    error = _source(state.outcome.exception())
     asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
     return float(asked) if asked.isdigit() else tenacity.wait_exponential(multiplier=1, max=30)(state)
 
 
-def _reason(error: Exception, repo_id: str) -> str:
+def _reason(error: BaseException, repo_id: str, token: str | None) -> str:
     """What went wrong with the Hub, and what to do about it."""
+    error = _source(error)
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if isinstance(error, LocalTokenNotFoundError) or (status == 401 and get_token() is None):
+    if isinstance(error, LocalTokenNotFoundError) or (status == 401 and not (token or get_token())):
         return "there is no token: log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
@@ -224,8 +282,9 @@ def _reason(error: Exception, repo_id: str) -> str:
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
         return f"there is no such repository or revision, or the token may not see it ({status})"
     if status is not None:
-        times = f", {_TRIES} times" if status in _PASSING else ""
-        return f"the Hub answered {status}{times}: {error.server_message or first_line(error)}"
-    if isinstance(error, HTTPError):
-        return f"the Hub cannot be reached, {_TRIES} times: {first_line(error)}"
-    return first_line(error)
+        return f"the Hub answered {status}: {error.server_message or first_line(error)}"
+    if isinstance(error, json.JSONDecodeError):
+        return "the Hub answered with something that is no JSON"
+    if isinstance(error, TransportError | ConnectionError | TimeoutError):
+        return f"the Hub cannot be reached: {first_line(error)}"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,8 +1,7 @@
 """Model cards: what is known of a checkpoint, as data, and the page that says it.
 
-Every checkpoint holds both, `model_card.json` and `README.md`; the page depends on nothing but the data:
-
-    python -m pals_hf.model_card model_cards/*/     # render the pages of these folders anew
+Every checkpoint holds both, `model_card.json` and `README.md`; the page depends on nothing but the data, so
+`CardData.load(folder).save(folder)` renders it anew.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import math
 import os
 import platform
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -26,6 +24,8 @@ from .errors import InputError, first_line
 from .losses import PRESETS
 
 if TYPE_CHECKING:
+    import torch
+
     from .data import FractionManifest
 
 CARD, CARD_DATA = "README.md", "model_card.json"
@@ -121,10 +121,12 @@ class CardData:
         loss, loss_settings: what it was trained with.
         settings: what else differs from the defaults of `PALSConfig`, and those of the data pipeline.
         base_model, base_model_revision: the checkpoint it started from.
-        step, epoch: how long it was trained.
+        step, epoch: how long these weights were trained.
+        best_of: the steps of the whole training, where these are the weights of its best checkpoint.
         metrics: of these weights, as an evaluation gives them; None is undefined. Empty if they were not evaluated.
         history: `step`, `eval_loss` and `eval_mean_iou` of the evaluations on the way.
         seconds, hardware, versions: what the training took, on which machine, with which packages.
+        needs: the packages that load it.
         facts: see [`CardFacts`].
         pictures: those of [`PICTURES`] that lie beside the card.
         comparison: with other losses, where a study has been made.
@@ -145,6 +147,8 @@ class CardData:
     seconds: float | None
     hardware: str
     versions: dict[str, str]
+    needs: list[str] = field(default_factory=lambda: ["transformers"])
+    best_of: int | None = None
     facts: CardFacts = CardFacts()
     pictures: tuple[str, ...] = ()
     comparison: Comparison | None = None
@@ -217,14 +221,17 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def hardware(processes: int = 1) -> str:
-    """The processor or GPU that a training runs on, and how many of them."""
+def hardware(device: torch.device, processes: int = 1) -> str:
+    """What a training runs on, and how many of them."""
     import torch
 
-    if torch.cuda.is_available():
-        return f"{processes} x {torch.cuda.get_device_name()}"
-    threads = processes * torch.get_num_threads()
-    return f"{threads} {'thread' if threads == 1 else 'threads'} of {processor_name()}"
+    if device.type == "cuda":
+        return f"{processes} x {torch.cuda.get_device_name(device)}"
+    if device.type != "cpu":
+        return f"{processes} x {device.type} of {processor_name()}"
+    threads = torch.get_num_threads()
+    several = f"{processes} processes with " if processes > 1 else ""
+    return f"{several}{threads} {'thread' if threads == 1 else 'threads'} of {processor_name()}"
 
 
 def processor_name() -> str:
@@ -371,20 +378,3 @@ def escape(value: Any) -> str:
     """Text as Markdown shows it letter by letter, in one line: also in a cell of a table, and without HTML."""
     text = _one_line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]#!|~$]|(?<=:)/(?=/))", r"\\\1", text)
-
-
-def main(argv: list[str] | None = None) -> None:
-    folders = sys.argv[1:] if argv is None else argv
-    if not folders or folders[0] in ("-h", "--help"):
-        print(__doc__)
-    try:
-        for folder in folders:
-            CardData.load(folder).save(folder)
-            print(Path(folder) / CARD)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
@@ -47,12 +47,11 @@ from .data.balance import class_weights
 from .data.fractions import MANIFEST
 from .errors import InputError, TrainingError, first_line
 from .functional import is_labelled, soft_label_cross_entropy, upsample_argmax
-from .hub import LAST_CHECKPOINT, MODEL_FILES, create_repo, push_folder, push_in_background
+from .hub import LAST_CHECKPOINT, MODEL_FILES, create_repo, push_command, push_folder, push_in_background
 from .inference import image_logits
 from .losses import CrossEntropyLoss, LabelSmoothingLoss, PALSLoss, SegmentationLoss
 from .metrics import SegmentationMetrics, confusion_matrix, nan_to_none
 from .model_card import (
-    CARD,
     CARD_DATA,
     CardData,
     CardFacts,
@@ -158,6 +157,8 @@ class PALSTrainer(Trainer):
             args._n_gpu = 1  # nn.DataParallel copies modules between threads, out of reach of the tap
         self.card_facts = card_facts or CardFacts()
         self._evaluation: dict[str, Any] = {}  # of the weights as they are, if they have been evaluated
+        self._best: tuple[int, float] | None = None  # step and epoch of the weights, if they are those of the best
+        self._on_their_way: list[tuple[Future, Path]] = []  # what is being pushed from where
         self._seconds, self._began = 0.0, None  # of training, before this start of the loop, and when it started
         self._class_weights = weights_of_classes(args, kwargs.get("train_dataset"))
         if any(isinstance(kwargs.get(name), StreamedDataset) for name in ("train_dataset", "eval_dataset")):
@@ -500,11 +501,15 @@ class PALSTrainer(Trainer):
             self._staging = False
         self._saved_step = self.state.global_step
         if self.args.should_save:
-            kept = {name, os.path.basename(self.state.best_model_checkpoint or name)}
-            discard_old_checkpoints(run_dir, self.args.save_total_limit, kept)
+            self._discard_old_checkpoints(run_dir, {name})
             clear_unfinished(run_dir)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
+
+    def _discard_old_checkpoints(self, run_dir: Path, kept: set[str]) -> None:
+        kept.add(os.path.basename(self.state.best_model_checkpoint or ""))
+        kept.update(folder.name for job, folder in self._on_their_way if not job.done())
+        discard_old_checkpoints(run_dir, self.args.save_total_limit, kept)
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args, **kwargs):
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
@@ -518,6 +523,8 @@ class PALSTrainer(Trainer):
             return super()._finalize_training(*args, **kwargs)
         finally:
             self.args.save_total_limit = limit
+            if self.args.should_save and self.args.push_to_hub:  # some stayed because they were being pushed
+                self._discard_old_checkpoints(Path(self.args.output_dir), set())
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The parent's, file by file complete or not there, and with a card."""
@@ -527,6 +534,9 @@ class PALSTrainer(Trainer):
         super()._save(str(folder / UNFINISHED), state_dict)
         if self.args.should_save:
             self.card_data(folder).save(folder / UNFINISHED)
+            manifest = Path(self.args.output_dir) / MANIFEST
+            if manifest.exists() and folder != manifest.parent:  # a checkpoint says by itself what it was trained on
+                shutil.copy(manifest, folder / UNFINISHED / MANIFEST)
             publish_files(folder / UNFINISHED, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -550,7 +560,10 @@ class PALSTrainer(Trainer):
     def _load_best_model(self) -> None:
         if self.terminated:  # the run goes on, from the weights it has
             return
-        self._evaluation = {}
+        best = Path(self.state.best_model_checkpoint)
+        if (best / CARD_DATA).exists():
+            card = CardData.load(best)
+            self._evaluation, self._best = card.metrics, (card.step, card.epoch)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
@@ -582,6 +595,8 @@ class PALSTrainer(Trainer):
         """
         args, config, facts = self.args, self.model.config, self.card_facts
         folder = Path(args.output_dir if folder is None else folder)
+        step, epoch = self._best or (self.state.global_step, self.state.epoch)
+        backbone = getattr(config, "backbone_config", None)
         history = {
             entry["step"]: {name: entry.get(name) for name in ("step", "eval_loss", "eval_mean_iou")}
             for entry in self.state.log_history
@@ -596,12 +611,14 @@ class PALSTrainer(Trainer):
             settings={**facts.settings, **settings(args)},
             base_model=public_name(config.name_or_path),
             base_model_revision=getattr(config, "_commit_hash", None),
-            step=self.state.global_step,
-            epoch=self.state.epoch,
+            step=step,
+            epoch=epoch,
+            best_of=self.state.global_step if self._best else None,
             metrics=nan_to_none(self._evaluation),
             history=list(history.values()),
             seconds=self._training_seconds() or None,
-            hardware=hardware(args.world_size),
+            hardware=hardware(args.device, args.world_size),
+            needs=["transformers", *(["timm"] if getattr(backbone, "model_type", "") == "timm_backbone" else [])],
             versions=versions(),
             facts=facts,
             pictures=pictures_in(folder),
@@ -631,7 +648,14 @@ class PALSTrainer(Trainer):
             return
         name = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
         private = self.args.hub_private_repo if private is None else private
-        self.hub_model_id = create_repo(name, self.args.output_dir, private, token or self.args.hub_token)
+        later = push_command(
+            self.args.output_dir,
+            name,
+            private=private,
+            revision=self.args.hub_revision,
+            license=self.card_facts.license,
+        )
+        self.hub_model_id = create_repo(name, self.args.output_dir, private, token or self.args.hub_token, later)
         self.push_in_progress = None
 
     def push_to_hub(
@@ -666,14 +690,15 @@ class PALSTrainer(Trainer):
             return None
         self.create_model_card(**card)
         self._finish_current_push()
+        where = {"revision": revision or self.args.hub_revision, "token": token or self.args.hub_token}
+        checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if self.args.push_to_hub and checkpoint is not None:  # left out at its time if another was on its way
+            pushes = self._pushes_to_go_on_from(checkpoint)
+            jobs = [push_in_background(checkpoint, self.hub_model_id, **options, **where) for options in pushes]
+            self.push_in_progress = PushInProgress(jobs)
+            self._finish_current_push()
         push = push_folder if blocking else push_in_background
-        return push(
-            self.args.output_dir,
-            self.hub_model_id,
-            message=commit_message or "End of training",
-            revision=revision or self.args.hub_revision,
-            token=token or self.args.hub_token,
-        )
+        return push(self.args.output_dir, self.hub_model_id, message=commit_message or "End of training", **where)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push a checkpoint in the background as `args.hub_strategy` says, unless one is still on its way."""
@@ -686,28 +711,35 @@ class PALSTrainer(Trainer):
         else:
             self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        push = partial(
-            push_in_background,
-            checkpoint_folder,
-            self.hub_model_id,
-            message=f"Training in progress, step {self.state.global_step}",
-            revision=self.args.hub_revision,
-            token=self.args.hub_token,
-        )
-        jobs = [push(patterns=(*MODEL_FILES, CARD, CARD_DATA, TRAINING_ARGS_NAME))]
-        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            is_last = strategy == HubStrategy.CHECKPOINT
-            name = LAST_CHECKPOINT if is_last else Path(checkpoint_folder).name
-            jobs.append(push(path_in_repo=name, patterns=["*"]))
-            jobs.append(push_in_background(self.args.output_dir, self.hub_model_id, patterns=[MANIFEST]))
+        checkpoint = Path(checkpoint_folder)
+        message = f"Training in progress, step {self.state.global_step}"
+        pushes = [{"message": message, "patterns": MODEL_FILES}, *self._pushes_to_go_on_from(checkpoint)]
+        jobs = [
+            push_in_background(
+                checkpoint,
+                self.hub_model_id,
+                revision=self.args.hub_revision,
+                token=self.args.hub_token,
+                **options,
+            )
+            for options in pushes
+        ]
+        self._on_their_way += [(job, checkpoint) for job in jobs]
         if self.push_in_progress is None:
             self.push_in_progress = PushInProgress(jobs)
         else:
             self.push_in_progress.jobs.extend(jobs)
 
+    def _pushes_to_go_on_from(self, checkpoint: Path) -> list[dict[str, Any]]:
+        """What `args.hub_strategy` adds, for another machine to go on from."""
+        folders = {HubStrategy.CHECKPOINT: LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
+        name = folders.get(self.args.hub_strategy)
+        return [] if name is None else [{"message": checkpoint.name, "path_in_repo": name, "patterns": ["*"]}]
+
     def _finish_current_push(self) -> None:
         """Wait for what is on its way, and say what did not arrive: the training has not to end for it."""
         super()._finish_current_push()
+        self._on_their_way = []
         if getattr(self, "push_in_progress", None) is None:
             return
         for job in self.push_in_progress.jobs:
@@ -730,10 +762,11 @@ class PALSTrainer(Trainer):
 
     # ---- Evaluation ----
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The parent's, whose result the next model card shows."""
-        metrics = super().evaluate(*args, **kwargs)
-        if "eval_mean_iou" in metrics:  # not of one of several data sets
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The parent's. What it gives for the trainer's own `eval_dataset` is what the next model card shows."""
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        is_ours = eval_dataset is None or eval_dataset is self.eval_dataset
+        if is_ours and "eval_mean_iou" in metrics:  # not one of several data sets
             self._evaluation = metrics
         return metrics
 
@@ -821,7 +854,7 @@ class _TrainingCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._began = time.monotonic()
+        self.trainer._began, self.trainer._best = time.monotonic(), None
         # A search has changed the arguments.
         self.trainer.loss_function = build_loss(args, self.trainer._class_weights).to(args.device)
         self.trainer._labels_checked = False

@@ -49,6 +49,7 @@ class Fault:
     status: int | None = None  # None cuts the connection
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
+    body: str | None = None  # instead of a JSON error
 
 
 class LoopbackHub(ThreadingHTTPServer):
@@ -114,7 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if fault is not None:
-            self.reply(fault.status, {"error": f"injected {fault.status}"}, **fault.headers)
+            content = fault.body.encode() if fault.body else {"error": f"injected {fault.status}"}
+            self.reply(fault.status, content, **fault.headers)
             return
         for method, pattern, answer in _ROUTES:
             match = re.fullmatch(pattern, path)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 IS_REAL = "PALS_HF_TESTS_ON_REAL_HUB" in os.environ
 NUMBER = f"-{uuid.uuid4().hex[:8]}" if IS_REAL else ""
+REFUSED = '{"errors": [{"message": "license must be one of ..."}], "warnings": []}'
 SHORT = ["--train_count", "4", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--disable_tqdm", "True"]
 
 
@@ -146,12 +147,12 @@ def push_through_faults(folder):
     )
     weights, results = (run / "model.safetensors").read_bytes(), {}
 
-    def attempt(what, repo_id, *faults):
+    def attempt(what, repo_id, *faults, flags=()):
         inject(*faults)
         out, begin = io.StringIO(), time.monotonic()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             try:
-                push_checkpoint.main([str(run), "--repo_id", repo_id])
+                push_checkpoint.main([str(run), "--repo_id", repo_id, *flags])
                 code = 0
             except SystemExit as stop:
                 code = stop.code
@@ -161,12 +162,17 @@ def push_through_faults(folder):
         results[what] = {"code": code, "lines": lines, "seconds": time.monotonic() - begin}
 
     commit, create = {"method": "POST", "path": "/commit/"}, {"method": "POST", "path": "/api/repos/create"}
-    attempt("401", "maintainer/a", {**create, "status": 401, "times": 9})
+    put, check = {"method": "PUT", "path": "/_lfs/"}, {"method": "POST", "path": "/api/validate-yaml"}
+    private = ("--private", "--leave_out", "predictions.png", "*.bin")
+    attempt("401", "maintainer/a", {**create, "status": 401, "times": 9}, flags=private)
+    attempt("403 for a large file", "maintainer/b", {**put, "status": 403, "times": 9})
+    attempt("cut in a large file", "maintainer/f", put)  # before the server has it
     attempt("403", "maintainer/b", {**commit, "status": 403, "times": 9})
+    attempt("a card it refuses", "maintainer/b", {**check, "status": 400, "body": REFUSED, "times": 9})
+    attempt("a page for JSON", "maintainer/c", {**check, "status": 503, "body": "<html>busy</html>"})
     attempt("500 once", "maintainer/c", {**commit, "status": 500})
     attempt("500 for long", "maintainer/d", {**create, "status": 500, "times": 9})
-    attempt("503", "maintainer/e", {**commit, "status": 503, "headers": {"Retry-After": "3"}})
-    attempt("cut in a large file", "maintainer/f", {"method": "PUT", "path": "/_lfs/"})
+    attempt("503", "maintainer/e", {**commit, "status": 503, "headers": {"Retry-After": "2"}})
     attempt("cut while committing", "maintainer/g", commit)
     token = os.environ.pop("HF_TOKEN")
     attempt("no token", "maintainer/h")

@@ -3,12 +3,11 @@
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_segformer
+from conftest import RAW_VOID, tiny_segformer
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,9 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import run_seg_pals
 
-from pals_hf import PALSConfig, PALSTrainer, model_card
+from pals_hf import PALSConfig, PALSTrainer, load_segmentation_dataset, model_card
+from pals_hf.data import EvalTransform, TrainTransform, TransformedDataset
 from pals_hf.errors import InputError
 from pals_hf.model_card import CARD, CARD_DATA, CardData, CardFacts, Comparison, escape, render
+from pals_hf.models import build_image_processor
 
 METRICS = {
     "eval_mean_iou": 0.5,
@@ -182,20 +183,17 @@ def test_data_and_page(tmp_path):
     dataclasses.replace(whole, comparison=None).save(tmp_path)
     first = (tmp_path / CARD).read_bytes()
     assert CardData.load(tmp_path) == dataclasses.replace(whole, comparison=None)
-    subprocess.run([sys.executable, "-m", "pals_hf.model_card", tmp_path], check=True, capture_output=True)
+    CardData.load(tmp_path).save(tmp_path)
     assert (tmp_path / CARD).read_bytes() == first
     assert sorted(path.name for path in tmp_path.iterdir()) == [CARD, CARD_DATA]
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"id2label": {}, "pictures": [], "facts": {"x": 1}}'])
-def test_no_data_of_a_card(content, tmp_path, capsys):
+def test_no_data_of_a_card(content, tmp_path):
     if content is not None:
         (tmp_path / CARD_DATA).write_text(content)
     with pytest.raises(InputError, match="no data of a model card"):
         CardData.load(tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        model_card.main([str(tmp_path)])
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path / CARD_DATA}")
 
 
 def test_a_trainer_without_a_script(tmp_path):
@@ -248,3 +246,25 @@ def test_every_checkpoint_has_its_own(folder, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     run_seg_pals.main([*map(str, flags), "--resume_from_checkpoint", "last"])
     assert CardData.load(tmp_path / "run" / "checkpoint-4").seconds > cards[3].seconds
+
+
+def test_the_best_checkpoint(folder, tmp_path):
+    """The card of a training that ends with its best weights says which those are, without scoring them again."""
+    data = load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID])
+    processor = build_image_processor(None)
+    schedule = {"eval_steps": 1, "save_steps": 1, "max_steps": 4, "load_best_model_at_end": True}
+    trainer = PALSTrainer(
+        tiny_segformer(),
+        PALSConfig(str(tmp_path), **schedule, learning_rate=0.5, greater_is_better=False, disable_tqdm=True),
+        train_dataset=TransformedDataset(data.train, TrainTransform(processor, (32, 32))),
+        eval_dataset=TransformedDataset(data.validation, EvalTransform(processor)),
+    )
+    trainer.train()
+    best = CardData.load(trainer.state.best_model_checkpoint)
+    card = trainer.card_data()
+    assert (card.step, card.best_of) == (trainer.state.best_global_step, 4)
+    assert card.metrics == best.metrics
+    assert f"{card.step} steps" in render(card)
+    assert "the best checkpoint of 4 steps" in render(card)
+    trainer.evaluate(TransformedDataset(data.train, EvalTransform(processor)))  # other images are not in the card
+    assert trainer.card_data().metrics == best.metrics

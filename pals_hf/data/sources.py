@@ -290,7 +290,7 @@ def _read_columns(
         if id2label is None and palette is None:
             id2label = _names_on_hub(name)
     return _Source(
-        name,
+        name if folder is None else Path(name).resolve().name,  # the way there is nobody's business
         {split: _rename(dataset, split, image_column, label_column) for split, dataset in chosen.items()},
         replace(_classes(id2label, palette, folder or Path(), void_labels), license=license),
         {} if streaming else {s: f"{part._fingerprint} {image_column} {label_column}" for s, part in chosen.items()},
