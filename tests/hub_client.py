@@ -112,16 +112,20 @@ def train_and_push(folder):
     os.chdir(folder)
     Image.new("RGB", (64, 48), "grey").save("street.jpg")
     (code,) = re.findall(r"^```python\n(.*?)^```", card.text, re.MULTILINE | re.DOTALL)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    found = io.StringIO()
+    with contextlib.redirect_stdout(found):
         exec(code, {})
     # Another machine, which has nothing but the repository.
     other = folder / "other"
     run_seg_pals.main([*flags, "--max_steps", "6", "--resume_from_checkpoint", repo_id, "--output_dir", str(other)])
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+        run_seg_pals.main([*flags, "--max_steps", "7", "--resume_from_checkpoint", repo_id, "--output_dir", str(run)])
     history = json.loads((other / "trainer_state.json").read_text())["log_history"]
     return {
-        "found": said.getvalue(),
+        "found": found.getvalue(),
         "files": sorted(HfApi().list_repo_files(repo_id)),
+        "again": said.getvalue(),
         "steps": sorted({entry["step"] for entry in history if "loss" in entry}),
         "history": [entry["loss"] for entry in history if "loss" in entry],
         "first history": [

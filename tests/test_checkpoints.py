@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -258,6 +259,18 @@ class TestSaving:
         with pytest.raises(TrainingError):
             PALSTrainer(tiny_segformer(), config(tmp_path), train_dataset=Named(bad=0)).train()
         assert signal.getsignal(signal.SIGTERM) is before
+
+    def test_a_checkpoint_that_is_being_pushed_stays(self, tmp_path):
+        """It makes room once it has arrived."""
+        args = config(tmp_path, **{**SAVING, "save_total_limit": 1}, max_steps=3)
+        trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples(8))
+        slow = Future()
+        trainer._on_their_way = [(slow, tmp_path / "checkpoint-1")]
+        trainer.train()
+        assert [path.name for path in complete(tmp_path)] == ["checkpoint-1", "checkpoint-3"]
+        slow.set_result(None)
+        trainer._discard_old_checkpoints(tmp_path, set())
+        assert [path.name for path in complete(tmp_path)] == ["checkpoint-3"]
 
     def test_a_checkpoint_of_that_name_is_replaced(self, tmp_path):
         """By a run that went on from an earlier one."""

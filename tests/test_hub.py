@@ -80,7 +80,8 @@ def test_a_run(server, tmp_path):
         *("README.md", "model_card.json", "curves.png", "predictions.png"),
     }
     assert {name.split("/")[0] for name in result["files"]} - root <= {"last-checkpoint", ".gitattributes"}
-    assert "last-checkpoint/optimizer.pt" in result["files"]
+    assert {f"last-checkpoint/{name}" for name in ("optimizer.pt", "train_fraction.json")} <= set(result["files"])
+    assert f"output_dir {tmp_path / 'run'} already holds a run" in result["again"]
     if IS_REAL:
         return
     repository = server.repositories["model", "maintainer/trained"]
