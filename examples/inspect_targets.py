@@ -31,7 +31,7 @@ from pals_hf.data import FractionManifest
 from pals_hf.data.degrade import mislabel
 from pals_hf.data.sources import cut_matching
 from pals_hf.errors import InputError
-from pals_hf.functional import aggregate_probabilities, entropy, upsample
+from pals_hf.functional import POOLINGS, aggregate_probabilities, entropy, upsample
 from pals_hf.inference import load_for_inference
 from pals_hf.models import ClassifierTap, encoder_features, patch_size_of
 from pals_hf.visualize import heat_map, palette
@@ -57,6 +57,13 @@ class TargetArguments(DataArguments):
     sources: list[str] = field(
         default_factory=lambda: ["classifier_input", "logits"],
         metadata={"help": "What is compared: these, or the `encoder`."},
+    )
+    max_affinity_cells: int | None = field(
+        default=None, metadata={"help": "Compare blocks, no more than this, as in training. Default: all cells."}
+    )
+    affinity_pooling: str = field(
+        default="both",
+        metadata={"help": "Whether cells are compared with blocks, or blocks with blocks.", "choices": POOLINGS},
     )
     output_dir: str = field(default=".", metadata={"help": "Folder for targets.json and targets.png."})
 
@@ -109,17 +116,19 @@ def inspect(args: TargetArguments) -> list[dict[str, Any]]:
     pairs, id2label = list(read_pairs(args)), model.config.id2label
     settings = [(OWN, 0.0, temperature) for temperature in args.temperatures]
     settings += itertools.product(args.sources, args.taus, args.temperatures)
+    blocks = {name: getattr(args, name) for name in ("max_affinity_cells", "affinity_pooling")}
     scores, rows = {setting: Score() for setting in settings}, []
     for image, labels, truth in tqdm(pairs, desc="images", disable=not sys.stderr.isatty()):
         maps = read_maps(model, processor, image, args.sources)
         labels, truth = (torch.from_numpy(np.asarray(mask, dtype=np.int64)) for mask in (labels, truth))
         for setting, score in scores.items():
-            q = target(maps, *setting, size=truth.shape)
+            q = target(maps, *setting, truth.shape, **blocks)
             score.add(q, labels, truth)
             if setting == settings[0]:
                 own = q
         if len(rows) < NUM_PICTURES:
-            rows.append((image, labels, own, target(maps, *settings[len(args.temperatures)], size=truth.shape)))
+            first = settings[len(args.temperatures)]
+            rows.append((image, labels, own, target(maps, *first, truth.shape, **blocks)))
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     draw(rows, len(id2label), Path(args.output_dir) / "targets.png")
     return [
@@ -160,11 +169,18 @@ def read_maps(model, processor, image: Image.Image, sources: list[str]) -> dict[
     return maps
 
 
-def target(maps: dict[str, torch.Tensor], source: str, tau: float, temperature: float, size) -> torch.Tensor:
+def target(
+    maps: dict[str, torch.Tensor],
+    source: str,
+    tau: float,
+    temperature: float,
+    size: tuple[int, int],
+    **blocks: Any,
+) -> torch.Tensor:
     """p or q `(C, H, W)` at the size of the labels, as it is mixed into them."""
     q = (maps["logits"].float() / temperature).softmax(dim=1)
     if source != OWN:
-        q = aggregate_probabilities(maps[source], q, tau=tau)
+        q = aggregate_probabilities(maps[source], q, tau=tau, **blocks)
     return upsample(q, size)[0].cpu()
 
 
