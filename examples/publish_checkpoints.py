@@ -155,10 +155,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"rendered: {reference.card_dir / 'README.md'}")
             else:
                 publish(reference, options.owner)
-    except InputError as error:
+    except (InputError, PushError) as error:
         fail(error)
-    except PushError as error:
-        fail(error, code=1)
 
 
 if __name__ == "__main__":

@@ -63,10 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     options = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
     try:
         print(f"pushed: {push(**options)}")
-    except InputError as error:
+    except (InputError, PushError) as error:
         fail(error)
-    except PushError as error:
-        fail(error, code=1)
 
 
 if __name__ == "__main__":

@@ -305,20 +305,18 @@ def main(argv: list[str] | None = None) -> None:
                 report(trainer, data, trainer.evaluate(), config.output_dir)
                 if config.push_to_hub:
                     push(trainer)
-    except InputError as error:
+    except (InputError, TrainingError, PushError) as error:
         fail(error)
-    except (TrainingError, PushError) as error:
-        fail(error, code=1)
     trainer.end()
 
 
-def fail(error: InputError | TrainingError | PushError, code: int = 2) -> NoReturn:
-    """End with one line and this exit code."""
+def fail(error: InputError | TrainingError | PushError) -> NoReturn:
+    """End with one line, and exit code 2 where the input is to blame, else 1."""
     if not is_main_process():
         # The launcher ends all processes once one has failed: let it be the one that speaks.
         time.sleep(10)
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    sys.exit(code)
+    sys.exit(2 if isinstance(error, InputError) else 1)
 
 
 def is_main_process() -> bool:
