@@ -145,6 +145,7 @@ def test_two_processes_push_once(server, tmp_path):
 
 
 @only_on_loopback
+@pytest.mark.slow
 def test_no_network(tmp_path):
     """A run that is to push does not start; one that is finished stays as it is."""
     environment = hub.environment("http://127.0.0.1:9", str(tmp_path / "home"))
