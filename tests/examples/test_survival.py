@@ -71,7 +71,8 @@ def weights(output):
     return load_file(output / "model.safetensors")
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm(processes, folder, tmp_path):
     """Saves, says how to go on, and leaves; the resumed run ends as the uninterrupted one."""
     options = ["--save_steps", 1000, "--dataloader_num_workers", 2, "--save_total_limit", 1]
