@@ -32,7 +32,7 @@ from study_fractions import Results, comparison
 from sweep import Cell, read_cells, read_result, run_cells
 
 from pals_hf.errors import InputError, PushError
-from pals_hf.model_card import PICTURES, CardData
+from pals_hf.model_card import CardData, pictures_in
 
 REFERENCES = Path(__file__).parents[1] / "model_cards" / "references.yaml"
 OF_THE_DATA = "predictions.png"  # whose pictures are not ours to publish
@@ -122,7 +122,7 @@ def with_comparison(card: CardData, reference: Reference) -> CardData:
 
 def write_card(card: CardData, reference: Reference, run_dir: Path) -> None:
     """The card in model_cards/, with the pictures that may be shown."""
-    pictures = tuple(name for name in PICTURES if name != OF_THE_DATA and (run_dir / name).exists())
+    pictures = tuple(name for name in pictures_in(run_dir) if name != OF_THE_DATA)
     reference.card_dir.mkdir(exist_ok=True)
     for name in pictures:
         shutil.copy(run_dir / name, reference.card_dir / name)
