@@ -4,10 +4,11 @@
     python examples/inspect_targets.py --model runs/mine --dataset_dir my_data
 
 For a trained network, the training images (or with `--validation` those that are not trained on) and every setting of
-the affinity, prints how often q is right at labelled pixels, its negative log-likelihood and its entropy, beside the
-same of the own prediction p at the same temperature. Where q is not better than p, comparing pixels cannot help. With
-`--label_noise` also how often each says the truth where a label that was made wrong does not. Everything is written to
-`targets.json`, and `targets.png` shows image, labels, p, q and the entropy of q. The network is in evaluation mode.
+the affinity, prints how often q is right at labelled pixels, its mean IoU, in which a small class counts as much as a
+large one, its negative log-likelihood and its entropy, beside the same of the own prediction p at that temperature.
+Where q is not better than p, comparing pixels cannot help. With `--label_noise` also how often each says the truth
+where a label that was made wrong does not. Everything is written to `targets.json`, and `targets.png` shows image,
+labels, p, q and the entropy of q. The network is in evaluation mode.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from pals_hf.data.sources import cut_matching
 from pals_hf.errors import InputError
 from pals_hf.functional import POOLINGS, aggregate_probabilities, entropy, upsample
 from pals_hf.inference import load_for_inference
+from pals_hf.metrics import SegmentationMetrics
 from pals_hf.models import ClassifierTap, encoder_features, patch_size_of
 from pals_hf.visualize import heat_map, palette
 
@@ -70,10 +72,9 @@ class TargetArguments(DataArguments):
 
 @dataclass
 class Score:
-    """Sums over labelled pixels."""
+    """Counts and sums over labelled pixels."""
 
-    pixels: int = 0
-    hits: int = 0
+    metrics: SegmentationMetrics
     nll: float = 0.0
     entropy: float = 0.0
     wrong: int = 0  # pixels whose label was made wrong
@@ -82,8 +83,7 @@ class Score:
     def add(self, q: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor) -> None:
         """q `(C, H, W)`; labels, as they are learned from, and truth `(H, W)`."""
         labelled, best = truth != 255, q.argmax(dim=0)
-        self.pixels += int(labelled.sum())
-        self.hits += int((best == truth)[labelled].sum())
+        self.metrics.update(best, truth)
         picked = q.gather(0, truth.where(labelled, 0)[None])[0][labelled]
         self.nll -= float(picked.clamp(min=1e-12).log().double().sum())
         self.entropy += float(entropy(q[None])[0][labelled].double().sum())
@@ -92,7 +92,9 @@ class Score:
         self.truths += int((best == truth)[wrong].sum())
 
     def means(self) -> dict[str, float]:
-        means = {name: getattr(self, name) / self.pixels for name in ("hits", "nll", "entropy")}
+        metrics, pixels = self.metrics.compute(), int(self.metrics.counts.sum())
+        means = {"hits": metrics["overall_accuracy"], "mean_iou": metrics["mean_iou"]}
+        means |= {"nll": self.nll / pixels, "entropy": self.entropy / pixels}
         return means | ({"truths": self.truths / self.wrong} if self.wrong else {})
 
 
@@ -117,7 +119,7 @@ def inspect(args: TargetArguments) -> list[dict[str, Any]]:
     settings = [(OWN, 0.0, temperature) for temperature in args.temperatures]
     settings += itertools.product(args.sources, args.taus, args.temperatures)
     blocks = {name: getattr(args, name) for name in ("max_affinity_cells", "affinity_pooling")}
-    scores, rows = {setting: Score() for setting in settings}, []
+    scores, rows = {setting: Score(SegmentationMetrics(len(id2label))) for setting in settings}, []
     for image, labels, truth in tqdm(pairs, desc="images", disable=not sys.stderr.isatty()):
         maps = read_maps(model, processor, image, args.sources)
         labels, truth = (torch.from_numpy(np.asarray(mask, dtype=np.int64)) for mask in (labels, truth))
@@ -202,12 +204,13 @@ def draw(rows: list[tuple], num_labels: int, path: Path) -> None:
 
 def print_table(results: list[dict[str, Any]]) -> None:
     has_truths = "truths" in results[0]
-    head = f"{'compared':<18}{'tau':>6}{'T':>6}{'right, %':>10}{'NLL':>8}{'entropy':>9}"
+    head = f"{'compared':<18}{'tau':>6}{'T':>6}{'right, %':>10}{'mIoU, %':>9}{'NLL':>8}{'entropy':>9}"
     print(head + ("  right where labels are wrong, %" if has_truths else ""))
     for row in results:
         tau = "" if row["tau"] is None else f"{row['tau']:g}"
-        line = f"{row['source']:<18}{tau:>6}{row['temperature']:>6g}{100 * row['hits']:>10.2f}{row['nll']:>8.3f}"
-        print(f"{line}{row['entropy']:>9.3f}" + (f"{100 * row['truths']:>33.2f}" if has_truths else ""))
+        line = f"{row['source']:<18}{tau:>6}{row['temperature']:>6g}{100 * row['hits']:>10.2f}"
+        line += f"{100 * row['mean_iou']:>9.2f}{row['nll']:>8.3f}{row['entropy']:>9.3f}"
+        print(line + (f"{100 * row['truths']:>33.2f}" if has_truths else ""))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import inspect_targets
 
 from pals_hf import load_segmentation_dataset
 from pals_hf.inference import load_for_inference, predict
+from pals_hf.metrics import SegmentationMetrics
 
 
 @pytest.fixture
@@ -46,15 +47,17 @@ def test_scores(folder, model, tmp_path):
         ("classifier_input", 1.0, 2.0),
     ]
     network, processor = load_for_inference(model, "cpu")
-    hits = []
+    hits, metrics = [], SegmentationMetrics(network.config.num_labels)
     for row in load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID]).validation:
         truth = np.array(row["labels"])
         mask = predict(network, processor, [row["image"]])[0].mask.numpy()
         hits.append((mask == truth)[truth != 255])
+        metrics.update(torch.from_numpy(mask), torch.from_numpy(truth))
     assert rows[0]["hits"] == pytest.approx(np.concatenate(hits).mean(), abs=0.01)
-    for name in ("hits", "nll", "entropy"):
+    assert rows[0]["mean_iou"] == pytest.approx(metrics.compute()["mean_iou"], abs=0.01)
+    for name in ("hits", "mean_iou", "nll", "entropy"):
         assert rows[2][name] == pytest.approx(rows[0][name], abs=0.01)
-        assert abs(rows[4][name] - rows[0][name]) > 0.01
+        assert abs(rows[4][name] - rows[0][name]) > (0.0 if name == "mean_iou" else 0.01)
     assert rows[1]["entropy"] > rows[0]["entropy"]
     assert "truths" not in rows[0]
     assert "own prediction" in printed
