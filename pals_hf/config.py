@@ -130,6 +130,13 @@ class PALSConfig(TrainingArguments):
         default=1.0,
         metadata={"help": "PALS: weight of the average in a step, the rest is the own prediction; 0 to 1."},
     )
+    anchor_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "PALS: above 0, what is averaged of a labelled pixel is its label instead of its prediction, and "
+            "it counts so many times. For sparse labels, with `distill_void`."
+        },
+    )
     affinity_stride: int = field(
         default=1,
         metadata={

@@ -52,6 +52,7 @@ def aggregate_probabilities(
     ignore_index: int = 255,
     propagation_steps: int = 1,
     propagation_weight: float = 1.0,
+    anchor_weight: float = 0.0,
     affinity_stride: int = 1,
     affinity_pooling: str = "both",
     max_affinity_cells: int | None = None,
@@ -74,7 +75,7 @@ def aggregate_probabilities(
         probabilities: `(B, C, h, w)`, each cell's distribution over the C classes.
         tau: temperature of the affinity, > 0. Towards 0 each cell keeps its own distribution, towards infinity all
             cells get the mean of the image.
-        labels: `(B, H, W)`, for the two options that need them. See [`pool_labels`].
+        labels: `(B, H, W)`, for the three options that need them. See [`pool_labels`].
         pairs: "all", or "same_class": a labelled cell is compared with cells of its own class only. A cell without a
             label is compared with all, and one whose class no key has keeps its own distribution.
         include_self: whether a cell is among those it is averaged over. Without (not with `affinity_pooling="keys"`),
@@ -84,6 +85,11 @@ def aggregate_probabilities(
         ignore_index: label of void pixels. [`PADDING_INDEX`] is no label either.
         propagation_steps, propagation_weight: q starts as p and becomes `weight * S q + (1 - weight) * p` in every
             step, as in BAKE (Ge et al. 2021, arXiv 2104.13298). One step of weight 1 is the formula above.
+        anchor_weight: with a above 0 a labelled cell is an anchor: what is averaged of it is its label (the shares of
+            the classes among its labelled pixels) instead of its prediction, in every step, and it counts a times as
+            much as it would, so that few labels speak up among many cells without. With 0, the formula above, all
+            cells say what they predict. Clamped labels are those of label propagation (Zhu and Ghahramani 2002,
+            CMU-CALD-02-107); that they go into PALS is this package's own.
         affinity_stride: with s > 1, blocks of s x s cells, their features and probabilities averaged, take the place
             of cells:
         affinity_pooling: as "keys", so that every cell is compared with the blocks (the cost falls with s^2), or as
@@ -118,14 +124,15 @@ def aggregate_probabilities(
         include_self=include_self,
         propagation_steps=propagation_steps,
         propagation_weight=propagation_weight,
+        anchor_weight=anchor_weight,
         affinity_stride=affinity_stride,
         affinity_pooling=affinity_pooling,
         max_affinity_cells=max_affinity_cells,
     )
-    by_label = pairs == "same_class" or not void_keys
-    if by_label and (labels is None or labels.ndim != 3 or labels.shape[0] != features.shape[0]):
-        got = "none" if labels is None else tuple(labels.shape)
-        raise ValueError(f"pairs={pairs!r} with void_keys={void_keys} needs labels (B, H, W), got {got}")
+    by_label, anchored = pairs == "same_class" or not void_keys, anchor_weight > 0
+    if (by_label or anchored) and (labels is None or labels.ndim != 3 or labels.shape[0] != features.shape[0]):
+        got, options = "none" if labels is None else tuple(labels.shape), f"{pairs=}, {void_keys=}, {anchor_weight=}"
+        raise ValueError(f"{options} needs labels (B, H, W), got {got}")
     num_classes, grid = probabilities.shape[1], features.shape[2:]
     stride = _capped_stride(affinity_stride, grid, max_affinity_cells)
     pool_queries = stride > 1 and affinity_pooling == "both"
@@ -136,16 +143,21 @@ def aggregate_probabilities(
     own = _pool(probabilities, stride) if pool_queries else probabilities
     query_grid, key_grid = queries.shape[2:], keys.shape[2:]
     queries, keys = (maps.to(features.dtype).flatten(2).transpose(1, 2) for maps in (queries, keys))
+    tags = []
     if by_label:
         key_labels = pool_labels(labels, grid, num_classes, ignore_index, stride).flatten(1)
         query_labels = key_labels
         if query_grid != key_grid:
             query_labels = pool_labels(labels, grid, num_classes, ignore_index).flatten(1)
         same_class, skip = num_classes if pairs == "same_class" else 0, None if void_keys else ignore_index
-        tags = _pair_tags(query_labels, key_labels, same_class, skip, tau)
+        tags.append(_pair_tags(query_labels, key_labels, same_class, skip, tau, anchor_weight))
         has_keys = _has_keys(query_labels, key_labels, same_class, skip)[..., None]
-        queries, keys = (torch.cat([x, tag.to(x.dtype)], dim=2) for x, tag in zip((queries, keys), tags, strict=True))
-    attend = _attend if include_self else _attend_to_others
+    if anchored:
+        counts = _count_labels(labels, grid, num_classes, ignore_index, stride).flatten(1, 2).float()
+        is_anchor, shares = counts.sum(dim=2, keepdim=True) > 0, F.normalize(counts, p=1.0, dim=2)
+        tags.append((torch.ones_like(queries[..., :1]), is_anchor * (tau * math.log(anchor_weight))))
+    for query_tag, key_tag in tags:
+        queries, keys = (torch.cat([x, tag.to(x.dtype)], 2) for x, tag in ((queries, query_tag), (keys, key_tag)))
 
     own = own.float().flatten(2).transpose(1, 2)  # (B, N, C)
     q = own
@@ -153,7 +165,11 @@ def aggregate_probabilities(
         values = q
         if key_grid != query_grid:
             values = _pool(q.transpose(1, 2).unflatten(2, query_grid), stride).flatten(2).transpose(1, 2)
-        averaged = attend(queries, keys, values, tau)
+        if anchored:
+            values = torch.where(is_anchor, shares, values)
+        averaged = (
+            _attend(queries, keys, values, tau) if include_self else _attend_to_others(queries, keys, values, q, tau)
+        )
         if by_label:
             averaged = torch.where(has_keys, averaged, q)
         q = averaged if propagation_weight == 1.0 else propagation_weight * averaged + (1 - propagation_weight) * own
@@ -170,6 +186,7 @@ def check_affinity(
     include_self: bool = True,
     propagation_steps: int = 1,
     propagation_weight: float = 1.0,
+    anchor_weight: float = 0.0,
     affinity_stride: int = 1,
     affinity_pooling: str = "both",
     max_affinity_cells: int | None = None,
@@ -188,6 +205,8 @@ def check_affinity(
         raise ValueError("include_self=False needs affinity_pooling='both': a block is no cell that could be left out")
     if not 0.0 <= propagation_weight <= 1.0:
         raise ValueError(f"propagation_weight must lie in [0, 1], got {propagation_weight}")
+    if not 0.0 <= anchor_weight < math.inf:
+        raise ValueError(f"anchor_weight must be a number of at least 0, got {anchor_weight}")
     for name, value in (
         ("propagation_steps", propagation_steps),
         ("affinity_stride", affinity_stride),
@@ -216,6 +235,12 @@ def pool_labels(
         >>> pool_labels(torch.tensor([[[0, 1, 255, 255], [1, 1, 255, 2]]]), (1, 2), 3)
         tensor([[[1, 2]]])
     """
+    most, winner = _count_labels(labels, grid, num_classes, ignore_index, stride).max(dim=-1)
+    return winner.masked_fill(most == 0, ignore_index)
+
+
+def _count_labels(labels: Tensor, grid: tuple[int, int], num_classes: int, ignore_index: int, stride: int) -> Tensor:
+    """How many labelled pixels of each class a cell or block of [`pool_labels`] covers: int64 `(B, h, w, C)`."""
     size = [max(have, want) for have, want in zip(labels.shape[1:], grid, strict=True)]
     if size != list(labels.shape[1:]):
         rows, columns = (torch.arange(n, device=labels.device) for n in size)
@@ -229,8 +254,7 @@ def pool_labels(
     cell = rows[:, None] * grid[1] + columns + torch.arange(batch, device=labels.device)[:, None, None] * cells
     valid = is_labelled(labels, ignore_index)
     counts = torch.bincount((cell * num_classes + labels)[valid], minlength=batch * cells * num_classes)
-    most, winner = counts.view(batch, *grid, num_classes).max(dim=-1)
-    return winner.masked_fill(most == 0, ignore_index)
+    return counts.view(batch, *grid, num_classes)
 
 
 def _capped_stride(stride: int, grid: tuple[int, int], max_cells: int | None) -> int:
@@ -246,15 +270,16 @@ def _pool(maps: Tensor, stride: int) -> Tensor:
 
 
 def _pair_tags(
-    query_labels: Tensor, key_labels: Tensor, same_class: int, skip: int | None, tau: float
+    query_labels: Tensor, key_labels: Tensor, same_class: int, skip: int | None, tau: float, anchor_weight: float
 ) -> tuple[Tensor, Tensor]:
     """Extra dimensions of queries and keys that leave pairs out of the softmax.
 
     With `same_class`, the number of classes, keys of the query's own class score higher than all others; with `skip`,
     keys of that label score lower than all others.
     """
-    # Similarities lie in [-1, 1]; what is excluded has to lie below that by far, after the division by tau.
-    penalty = 2.0 + _EXCLUSION * tau
+    # Similarities lie in [-1, 1]; what is excluded has to lie below that by far, after the division by tau, and after
+    # what anchors get on top.
+    penalty = 2.0 + (_EXCLUSION + abs(math.log(anchor_weight or 1.0))) * tau
     query_tags, key_tags = [], []
     if same_class:
         classes = torch.arange(same_class, device=key_labels.device)
@@ -292,8 +317,10 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, tau: float) -> Tensor
     return averages / averages.sum(dim=2, keepdim=True)
 
 
-def _attend_to_others(queries: Tensor, keys: Tensor, values: Tensor, tau: float) -> Tensor:
+def _attend_to_others(queries: Tensor, keys: Tensor, values: Tensor, own: Tensor, tau: float) -> Tensor:
     """The same without the pairs (i, i), in float32: queries and keys are those of the same cells.
+
+    A cell without others keeps what it has in `own`.
 
     One more key, a sink, scores with every query exactly what the query's own key does. Its weight, which comes back
     in an extra channel of the values, is therefore the cell's own, and can be taken out of the average.
@@ -307,7 +334,7 @@ def _attend_to_others(queries: Tensor, keys: Tensor, values: Tensor, tau: float)
     averages = _attend(queries, keys, with_sink, tau)
     others = (averages[..., :-1] - averages[..., -1:] * values).clamp(min=0.0)
     share = others.sum(dim=2, keepdim=True)
-    return torch.where(share > _NOBODY, others / share, values)
+    return torch.where(share > _NOBODY, others / share, own)
 
 
 def _to_head(vectors: Tensor, head_dim: int) -> Tensor:

@@ -1,26 +1,31 @@
 """The formulas written out with materialised float64 matrices: slow, large, and easy to check by eye."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 
 def pool_labels(labels, grid, num_classes, ignore_index=255, stride=1):
-    """Majority per block of cells by counting pixel by pixel; the label map must not be smaller than the grid."""
-    blocks = [-(-n // stride) for n in grid]
-    pooled = torch.full((labels.shape[0], *blocks), ignore_index)
+    """Majority per block of cells."""
+    shares = label_shares(labels, grid, num_classes, stride)
+    return torch.where(shares.sum(dim=3) > 0, shares.argmax(dim=3), ignore_index)
+
+
+def label_shares(labels, grid, num_classes, stride=1):
+    """Class shares per block of cells by counting pixel by pixel, 0 where there is no label.
+
+    The label map must not be smaller than the grid.
+    """
+    counts = torch.zeros(labels.shape[0], *(-(-n // stride) for n in grid), num_classes, dtype=torch.float64)
     for image in range(labels.shape[0]):
-        counts = torch.zeros(*blocks, num_classes, dtype=torch.int64)
         for row in range(labels.shape[1]):
             for column in range(labels.shape[2]):
                 label = int(labels[image, row, column])
                 if 0 <= label < num_classes:
                     cell = (row * grid[0] // labels.shape[1], column * grid[1] // labels.shape[2])
-                    counts[cell[0] // stride, cell[1] // stride, label] += 1
-        for row in range(blocks[0]):
-            for column in range(blocks[1]):
-                if counts[row, column].any():
-                    pooled[image, row, column] = counts[row, column].argmax()
-    return pooled
+                    counts[image, cell[0] // stride, cell[1] // stride, label] += 1
+    return counts / counts.sum(dim=3, keepdim=True).clamp(min=1)
 
 
 def block_means(maps, stride):
@@ -45,6 +50,7 @@ def aggregate(
     void_keys=True,
     propagation_steps=1,
     propagation_weight=1.0,
+    anchor_weight=0.0,
     affinity_stride=1,
     affinity_pooling="both",
 ):
@@ -69,11 +75,18 @@ def aggregate(
             counts &= (of_query[:, :, None] == of_key[:, None, :]) | (of_query == 255)[:, :, None]
     if not include_self:
         counts &= ~torch.eye(similarity.shape[1], dtype=torch.bool)
+    if anchor_weight:
+        shares = label_shares(labels, grid, num_classes, stride=affinity_stride).flatten(1, 2)
+        is_anchor = shares.sum(dim=2) > 0
+        similarity = similarity + math.log(anchor_weight) * is_anchor[:, None, :]
     weights = torch.softmax(similarity.masked_fill(~counts, -torch.inf), dim=2)
     q = own
     for _ in range(propagation_steps):
         values = q if query_grid == key_grid else block_means(q, affinity_stride)
-        averaged = (weights @ values.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, query_grid)
+        values = values.flatten(2).transpose(1, 2)
+        if anchor_weight:
+            values = torch.where(is_anchor[..., None], shares, values)
+        averaged = (weights @ values).transpose(1, 2).unflatten(2, query_grid)
         averaged = torch.where(averaged.isnan(), q, averaged)  # nobody is left to average over
         q = propagation_weight * averaged + (1 - propagation_weight) * own
     if query_grid != grid:

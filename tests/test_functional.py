@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 
@@ -111,6 +112,12 @@ class TestAggregateProbabilities:
             {"affinity_stride": 4, "affinity_pooling": "keys", "propagation_steps": 2, "void_keys": False},
             {"affinity_stride": 2, "affinity_pooling": "keys", "pairs": "same_class"},
             {"affinity_stride": 5, "pairs": "same_class", "void_keys": False},
+            {"anchor_weight": 1.0},
+            {"anchor_weight": 100.0, "propagation_steps": 2},
+            {"anchor_weight": 0.01, "include_self": False},
+            {"anchor_weight": 10.0, "pairs": "same_class", "include_self": False},
+            {"anchor_weight": 10.0, "affinity_stride": 2},
+            {"anchor_weight": 10.0, "affinity_stride": 4, "affinity_pooling": "keys"},
         ],
         ids=str,
     )
@@ -123,7 +130,9 @@ class TestAggregateProbabilities:
         torch.testing.assert_close(q.sum(dim=1), torch.ones(2, 6, 9))
         assert (q - aggregate_probabilities(f, p, tau=tau)).abs().max() > 1e-3  # the option does something
 
-    @pytest.mark.parametrize("options", [{"pairs": "same_class"}, {"include_self": False}, {"void_keys": False}])
+    @pytest.mark.parametrize(
+        "options", [{"pairs": "same_class"}, {"include_self": False}, {"void_keys": False}, {"anchor_weight": 30.0}]
+    )
     def test_options_in_bfloat16(self, options):
         f, p = maps(16, (12, 18)), maps(5, (12, 18), seed=1).softmax(dim=1)
         q = aggregate_probabilities(f.bfloat16(), p, tau=0.3, labels=patchy_labels(), **options)
@@ -169,6 +178,21 @@ class TestAggregateProbabilities:
         q, q_changed = (aggregate_probabilities(f, x, tau=0.3, labels=labels, void_keys=False) for x in (p, changed))
         torch.testing.assert_close(q, q_changed)
 
+    def test_anchors_say_their_labels(self):
+        """What labelled cells predict has no part in it, and with a large weight hardly anything else has."""
+        f, p = maps(8), maps(3, seed=1).softmax(dim=1)
+        labels = torch.full((2, 24, 36), 255)
+        labels[:, :4, :4], labels[:, -4:, -4:] = 0, 2  # a cell each
+        changed = p.clone()
+        changed[:, :, [0, -1], [0, -1]] = p.flip(1)[:, :, [0, -1], [0, -1]]
+        q, other = (aggregate_probabilities(f, x, tau=0.3, labels=labels, anchor_weight=5.0) for x in (p, changed))
+        torch.testing.assert_close(q, other)
+        q = aggregate_probabilities(f, p, tau=0.3, labels=labels, anchor_weight=1e6)
+        assert q[:, 1].max() < 1e-2
+        void = torch.full_like(labels, 255)
+        without = aggregate_probabilities(f, p, tau=0.3, labels=void, anchor_weight=5.0)
+        torch.testing.assert_close(without, aggregate_probabilities(f, p, tau=0.3))
+
     def test_the_cap_raises_the_stride(self):
         f, p = maps(8), maps(3, seed=1).softmax(dim=1)
         capped = aggregate_probabilities(f, p, tau=0.3, max_affinity_cells=6)  # 3 x 3 blocks of the 6 x 9 cells
@@ -188,6 +212,9 @@ class TestAggregateProbabilities:
             ({"propagation_weight": 1.2}, "propagation_weight must lie in"),
             ({"include_self": False, "affinity_pooling": "keys"}, "include_self=False needs affinity_pooling='both'"),
             ({"pairs": "same_class"}, "needs labels"),
+            ({"anchor_weight": 1.0}, "anchor_weight=1.0 needs labels"),
+            ({"anchor_weight": -1.0}, "anchor_weight must be a number of at least 0, got -1.0"),
+            ({"anchor_weight": math.inf}, "anchor_weight must be"),
             ({"void_keys": False, "labels": patchy_labels()[:1]}, "needs labels"),
         ],
     )
@@ -199,7 +226,7 @@ class TestAggregateProbabilities:
         "options",
         [
             "",
-            "labels=labels, pairs='same_class', include_self=False, void_keys=False",
+            "labels=labels, pairs='same_class', include_self=False, void_keys=False, anchor_weight=10.0",
             "affinity_stride=2, affinity_pooling='keys', propagation_steps=2",
         ],
     )

@@ -43,9 +43,9 @@ class PALSLoss(SegmentationLoss):
         tau: temperature of the affinity between pixels, > 0; smaller compares more sharply.
         temperature: softmax temperature of the predictions that are averaged, > 0; larger is softer.
         ignore_index, class_weights: see [`SegmentationLoss`]. The weights have no part in q.
-        pairs, include_self, void_keys, propagation_steps, propagation_weight, affinity_stride, affinity_pooling,
-        max_affinity_cells: which cells are averaged, and how: see [`aggregate_probabilities`]. Exact, over all pairs,
-            unless told otherwise; [`PALSConfig`] has a cap of its own.
+        pairs, include_self, void_keys, propagation_steps, propagation_weight, anchor_weight, affinity_stride,
+        affinity_pooling, max_affinity_cells: which cells are averaged, and how: see [`aggregate_probabilities`].
+            Exact, over all pairs, unless told otherwise; [`PALSConfig`] has a cap of its own.
         distill_void: pixels labelled `ignore_index` learn from q alone, see [`soft_label_cross_entropy`]. Label
             what lies outside the image [`PADDING_INDEX`] then.
 
@@ -84,6 +84,7 @@ class PALSLoss(SegmentationLoss):
         void_keys: bool = True,
         propagation_steps: int = 1,
         propagation_weight: float = 1.0,
+        anchor_weight: float = 0.0,
         affinity_stride: int = 1,
         affinity_pooling: str = "both",
         max_affinity_cells: int | None = None,
@@ -101,6 +102,7 @@ class PALSLoss(SegmentationLoss):
             "include_self": include_self,
             "propagation_steps": propagation_steps,
             "propagation_weight": propagation_weight,
+            "anchor_weight": anchor_weight,
             "affinity_stride": affinity_stride,
             "affinity_pooling": affinity_pooling,
             "max_affinity_cells": max_affinity_cells,
