@@ -6,9 +6,9 @@
 For a trained network, the training images (or with `--validation` those that are not trained on) and every setting of
 the affinity, prints how often q is right at labelled pixels, its mean IoU, in which a small class counts as much as a
 large one, its negative log-likelihood and its entropy, beside the same of the own prediction p at that temperature.
-Where q is not better than p, comparing pixels cannot help. With `--label_noise` also how often each says the truth
-where a label that was made wrong does not. Everything is written to `targets.json`, and `targets.png` shows image,
-labels, p, q and the entropy of q. The network is in evaluation mode.
+Where q is not better than p, comparing pixels cannot help. With `--label_clicks` or `--label_noise` also how often
+each is right where there is no label any more, or a wrong one. Everything is written to `targets.json`, and
+`targets.png` shows image, labels, p, q and the entropy of q. The network is in evaluation mode.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from run_seg_pals import DataArguments, OneLineParser, fail, read_data
+from run_seg_pals import DataArguments, OneLineParser, fail, read_data, worsen_labels
 from tqdm import tqdm
 
 from pals_hf.data import FractionManifest
-from pals_hf.data.degrade import mislabel
 from pals_hf.data.sources import cut_matching
 from pals_hf.errors import InputError
 from pals_hf.functional import POOLINGS, aggregate_probabilities, entropy, upsample
@@ -53,9 +52,13 @@ class TargetArguments(DataArguments):
     tuning_ids: str | None = field(
         default=None, metadata={"help": "As in training: images held out, which --validation then means."}
     )
+    label_clicks: int | None = field(default=None, metadata={"help": "Make labels sparse, as in training."})
     label_noise: float | None = field(default=None, metadata={"help": "Make labels wrong, as in training."})
     taus: list[float] = field(default_factory=lambda: [0.03, 0.1, 0.3], metadata={"help": "Of the affinity."})
     temperatures: list[float] = field(default_factory=lambda: [1.0, 4.0], metadata={"help": "Of the predictions."})
+    anchor_weights: list[float] = field(
+        default_factory=lambda: [0.0], metadata={"help": "What labelled pixels count, with their label; 0: as others."}
+    )
     sources: list[str] = field(
         default_factory=lambda: ["classifier_input", "logits"],
         metadata={"help": "What is compared: these, or the `encoder`."},
@@ -77,7 +80,7 @@ class Score:
     metrics: SegmentationMetrics
     nll: float = 0.0
     entropy: float = 0.0
-    wrong: int = 0  # pixels whose label was made wrong
+    lost: int = 0  # pixels whose label was made wrong, or void
     truths: int = 0  # of these, where the truth is the most likely class
 
     def add(self, q: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor) -> None:
@@ -87,15 +90,15 @@ class Score:
         picked = q.gather(0, truth.where(labelled, 0)[None])[0][labelled]
         self.nll -= float(picked.clamp(min=1e-12).log().double().sum())
         self.entropy += float(entropy(q[None])[0][labelled].double().sum())
-        wrong = labelled & (labels != truth)
-        self.wrong += int(wrong.sum())
-        self.truths += int((best == truth)[wrong].sum())
+        lost = labelled & (labels != truth)
+        self.lost += int(lost.sum())
+        self.truths += int((best == truth)[lost].sum())
 
     def means(self) -> dict[str, float]:
         metrics, pixels = self.metrics.compute(), int(self.metrics.counts.sum())
         means = {"hits": metrics["overall_accuracy"], "mean_iou": metrics["mean_iou"]}
         means |= {"nll": self.nll / pixels, "entropy": self.entropy / pixels}
-        return means | ({"truths": self.truths / self.wrong} if self.wrong else {})
+        return means | ({"truths": self.truths / self.lost} if self.lost else {})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -116,26 +119,26 @@ def inspect(args: TargetArguments) -> list[dict[str, Any]]:
         raise InputError("model is missing: a trained checkpoint to look at")
     model, processor = load_for_inference(args.model)
     pairs, id2label = list(read_pairs(args)), model.config.id2label
-    settings = [(OWN, 0.0, temperature) for temperature in args.temperatures]
-    settings += itertools.product(args.sources, args.taus, args.temperatures)
+    settings = [(OWN, 0.0, temperature, 0.0) for temperature in args.temperatures]
+    settings += itertools.product(args.sources, args.taus, args.temperatures, args.anchor_weights)
     blocks = {name: getattr(args, name) for name in ("max_affinity_cells", "affinity_pooling")}
     scores, rows = {setting: Score(SegmentationMetrics(len(id2label))) for setting in settings}, []
     for image, labels, truth in tqdm(pairs, desc="images", disable=not sys.stderr.isatty()):
         maps = read_maps(model, processor, image, args.sources)
         labels, truth = (torch.from_numpy(np.asarray(mask, dtype=np.int64)) for mask in (labels, truth))
         for setting, score in scores.items():
-            q = target(maps, *setting, truth.shape, **blocks)
+            q = target(maps, *setting, labels, **blocks)
             score.add(q, labels, truth)
             if setting == settings[0]:
                 own = q
         if len(rows) < NUM_PICTURES:
             first = settings[len(args.temperatures)]
-            rows.append((image, labels, own, target(maps, *first, truth.shape, **blocks)))
+            rows.append((image, labels, own, target(maps, *first, labels, **blocks)))
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     draw(rows, len(id2label), Path(args.output_dir) / "targets.png")
     return [
-        {"source": source, "tau": tau or None, "temperature": temperature, **scores[source, tau, temperature].means()}
-        for source, tau, temperature in settings
+        {"source": source, "tau": tau or None, "temperature": temperature, "anchor_weight": weight} | score.means()
+        for (source, tau, temperature, weight), score in scores.items()
     ]
 
 
@@ -149,7 +152,7 @@ def read_pairs(args: TargetArguments) -> Iterator[tuple[Image.Image, Image.Image
     if args.train_fraction is not None or args.train_count is not None:
         manifest = FractionManifest.draw(images, args.train_fraction, args.split_seed, count=args.train_count)
         images = manifest.select(images)
-    learned = images if args.label_noise is None else mislabel(images, args.label_noise, args.split_seed)
+    learned = worsen_labels(images, args)
     for row, worse in zip(images, learned, strict=True):
         yield row["image"], worse["labels"], row["labels"]
 
@@ -176,14 +179,16 @@ def target(
     source: str,
     tau: float,
     temperature: float,
-    size: tuple[int, int],
+    anchor_weight: float,
+    labels: torch.Tensor,
     **blocks: Any,
 ) -> torch.Tensor:
-    """p or q `(C, H, W)` at the size of the labels, as it is mixed into them."""
+    """p or q `(C, H, W)` at the size of the labels `(H, W)`, as it is mixed into them."""
     q = (maps["logits"].float() / temperature).softmax(dim=1)
     if source != OWN:
-        q = aggregate_probabilities(maps[source], q, tau=tau, **blocks)
-    return upsample(q, size)[0].cpu()
+        labels = labels.to(q.device)[None]
+        q = aggregate_probabilities(maps[source], q, tau=tau, labels=labels, anchor_weight=anchor_weight, **blocks)
+    return upsample(q, labels.shape[-2:])[0].cpu()
 
 
 def draw(rows: list[tuple], num_labels: int, path: Path) -> None:
@@ -203,14 +208,14 @@ def draw(rows: list[tuple], num_labels: int, path: Path) -> None:
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    has_truths = "truths" in results[0]
-    head = f"{'compared':<18}{'tau':>6}{'T':>6}{'right, %':>10}{'mIoU, %':>9}{'NLL':>8}{'entropy':>9}"
-    print(head + ("  right where labels are wrong, %" if has_truths else ""))
+    is_worse = "truths" in results[0]
+    head = f"{'compared':<18}{'tau':>6}{'T':>6}{'anchors':>9}{'right, %':>10}{'mIoU, %':>9}{'NLL':>8}{'entropy':>9}"
+    print(head + ("  right without a right label, %" if is_worse else ""))
     for row in results:
-        tau = "" if row["tau"] is None else f"{row['tau']:g}"
-        line = f"{row['source']:<18}{tau:>6}{row['temperature']:>6g}{100 * row['hits']:>10.2f}"
+        tau, anchors = (f"{row[name]:g}" if row[name] else "" for name in ("tau", "anchor_weight"))
+        line = f"{row['source']:<18}{tau:>6}{row['temperature']:>6g}{anchors:>9}{100 * row['hits']:>10.2f}"
         line += f"{100 * row['mean_iou']:>9.2f}{row['nll']:>8.3f}{row['entropy']:>9.3f}"
-        print(line + (f"{100 * row['truths']:>33.2f}" if has_truths else ""))
+        print(line + (f"{100 * row['truths']:>32.2f}" if is_worse else ""))
 
 
 if __name__ == "__main__":

@@ -472,12 +472,16 @@ def load_data(args: ScriptArguments) -> tuple[SegmentationData | SegmentationStr
         manifest = FractionManifest.draw(
             data.train, share, args.split_seed, count=args.train_count, method=args.split_method, **record
         )
-    train = manifest.select(data.train)
+    return replace(data, train=worsen_labels(manifest.select(data.train), args)), manifest
+
+
+def worsen_labels(images: datasets.Dataset, args: Any) -> datasets.Dataset:
+    """The images with sparse or wrong labels, where `args` ask for them."""
     if args.label_clicks is not None:
-        train = label_by_clicks(train, args.label_clicks, args.split_seed)
+        images = label_by_clicks(images, args.label_clicks, args.split_seed)
     if args.label_noise is not None:
-        train = mislabel(train, args.label_noise, args.split_seed)
-    return replace(data, train=train), manifest
+        images = mislabel(images, args.label_noise, args.split_seed)
+    return images
 
 
 def build_trainer(

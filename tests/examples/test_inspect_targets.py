@@ -69,7 +69,16 @@ def test_wrong_labels(folder, model, tmp_path):
     rows, printed = look(folder, model, tmp_path / "out", *flags)
     assert all(0 <= row["truths"] <= 1 for row in rows)
     assert {row["source"] for row in rows} == {"own prediction", "encoder", "logits"}
-    assert "right where labels are wrong" in printed
+    assert "right without a right label" in printed
+
+
+def test_sparse_labels(folder, model, tmp_path):
+    """Anchors that outweigh all else, compared as sharply as can be: what is labelled is right."""
+    flags = ["--label_clicks", "5000", "--taus", "0.0001", "--temperatures", "1", "--sources", "logits"]
+    rows, printed = look(folder, model, tmp_path / "out", *flags, "--anchor_weights", "0", "100", "--train_count", "4")
+    assert [row["anchor_weight"] for row in rows] == [0.0, 0.0, 100.0]
+    assert rows[2]["hits"] > max(0.9, rows[1]["hits"])
+    assert "anchors" in printed
 
 
 def test_wrong_input(folder, model, tmp_path):
