@@ -119,7 +119,7 @@ class TestPALS:
     def test_options_reach_the_aggregation_and_the_loss(self, batch):
         logits, labels, features = batch
         options = {"pairs": "same_class", "include_self": False, "void_keys": False, "propagation_steps": 2}
-        options |= {"propagation_weight": 0.7, "affinity_stride": 2}
+        options |= {"propagation_weight": 0.7, "anchor_weight": 3.0, "affinity_stride": 2}
         loss = PALSLoss(beta=0.4, tau=0.5, temperature=2.0, distill_void=True, **options)
         q = reference.aggregate(features, (logits.double() / 2.0).softmax(dim=1), 0.5, labels, **options)
         expected = reference.soft_label_loss(logits, labels, q, 0.4, distill_void=True)
@@ -154,6 +154,20 @@ class TestPALS:
 
     def test_differs_from_cross_entropy(self, batch):
         assert abs(PALSLoss()(*batch) - CrossEntropyLoss()(*batch)) > 1e-2
+
+    def test_the_own_prediction_teaches_nothing(self, batch):
+        """At temperature 1, and without interpolation, it scales the gradient of cross-entropy, which Adam undoes."""
+        logits, _, features = batch
+        logits, labels = logits.requires_grad_(), torch.randint(0, 4, (2, 6, 8))
+        gradients = {}
+        for name, loss in {
+            "ce": CrossEntropyLoss(),
+            "own": PALSLoss(beta=0.3, propagation_weight=0.0),
+            "average": PALSLoss(beta=0.3, tau=0.3),
+        }.items():
+            (gradients[name],) = torch.autograd.grad(loss(logits, labels, features), logits)
+        torch.testing.assert_close(gradients["own"], 0.7 * gradients["ce"])
+        assert (gradients["average"] - gradients["own"]).norm() > 0.1 * gradients["own"].norm()
 
     def test_entropy_of_q(self, batch):
         logits, labels, features = batch
