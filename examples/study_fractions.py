@@ -8,7 +8,7 @@ A study is a folder with a `recipe.yaml` of sweep.py whose axes are `method`, `t
 draw of the fraction and a seed, the same for all methods. Results are in `results/`, one JSON a run, written as they
 come; `--run` adds those that are missing. Then, without training, from the results alone:
 
-- `table.md`, `table.csv`: the mean of each method, its paired difference to the baseline with a 95 % interval
+- `table.md`, `table.csv`: the mean of each method, its paired difference to each baseline with a 95 % interval
   (Student's t) and an exact two-sided p (sign flips of the pairs);
 - `fractions.png`, `classes.png`, `reliability.png`: mIoU against the fraction, gain of each class, calibration.
 """
@@ -44,13 +44,14 @@ METRICS = {  # name: (key of the results, factor, unit)
     "NLL": ("eval_loss", 1, "nats"),
     "Brier": ("eval_brier", 1, ""),
 }
+SHOWN = {"mIoU": 2, "boundary IoU": 2, "ECE": 2, "NLL": 3}  # in Markdown, with so many digits; table.csv has all
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A method against the baseline, over pairs of runs."""
+    """A method against a baseline, over pairs of runs."""
 
-    mean: float
+    difference: float
     low: float
     high: float
     p: float
@@ -68,10 +69,10 @@ class Difference:
             float(differences.mean()), float(interval.low), float(interval.high), float(flips.pvalue), len(differences)
         )
 
-    def __str__(self) -> str:
+    def text(self, digits: int = 2) -> str:
         if np.isnan(self.low):
-            return f"{self.mean:+.2f}"
-        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+            return f"{self.difference:+.{digits}f}"
+        return f"{self.difference:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
 
 
 class Results:
@@ -111,7 +112,8 @@ def reader(key: str, factor: float) -> Callable[[dict], float]:
     return lambda metrics: np.nan if metrics.get(key) is None else factor * metrics[key]
 
 
-def table_rows(results: Results, baseline: str) -> list[dict[str, Any]]:
+def table_rows(results: Results, baselines: list[str]) -> list[dict[str, Any]]:
+    """A row for each figure of a method and each baseline it can be compared with, or one without a comparison."""
     rows = []
     for fraction in results.fractions:
         for method in results.methods:
@@ -124,44 +126,51 @@ def table_rows(results: Results, baseline: str) -> list[dict[str, Any]]:
                     "mean": float(np.mean(values)),
                     "deviation": float(np.std(values, ddof=1)) if values[1:] else None,
                 }
-                difference = results.compare(method, baseline, fraction, reader(key, factor))
-                if method != baseline and difference is not None:
-                    row |= {"difference": difference.mean, "low": difference.low, "high": difference.high}
-                    row |= {"p": difference.p, "pairs": difference.pairs}
-                rows.append(row)
+                compared = [
+                    {"against": baseline, **vars(difference)}
+                    for baseline in baselines
+                    if baseline != method
+                    and (difference := results.compare(method, baseline, fraction, reader(key, factor)))
+                ]
+                rows += [row | difference for difference in compared or [{}]]
     return rows
 
 
-def markdown(results: Results, rows: list[dict[str, Any]], baseline: str) -> str:
+def markdown(results: Results, baselines: list[str]) -> str:
+    """For each fraction a table of means, and one of differences."""
     lines = []
     for fraction in results.fractions:
-        lines += [f"### {float(fraction):.0%} of the training images", ""]
-        head = f"| method | runs | mIoU | against {baseline} | p | boundary IoU | ECE | NLL |"
-        lines += [head, "|" + "---|" * 8]
+        means, differences = [], []
         for method in results.methods:
-            of = {row["metric"]: row for row in rows if (row["fraction"], row["method"]) == (fraction, method)}
-            if not of:
+            values = {name: results.values(method, fraction, reader(*METRICS[name][:2])) for name in SHOWN}
+            if not values["mIoU"]:
                 continue
-            score = of["mIoU"]
-            against, p = "", ""
-            if "difference" in score:
-                interval = Difference(score["difference"], score["low"], score["high"], score["p"], score["pairs"])
-                against, p = str(interval), "" if np.isnan(score["p"]) else f"{score['p']:.3f}"
-            cells = [
-                f"{of[name]['mean']:.{digits}f}" if name in of else ""
-                for name, digits in (("boundary IoU", 1), ("ECE", 2), ("NLL", 3))
-            ]
-            lines.append(
-                f"| {method} | {score['runs']} | {score['mean']:.2f} | {against} | {p} | {' | '.join(cells)} |"
-            )
-        lines.append("")
+            cells = [f"{np.mean(list(of.values())):.{SHOWN[name]}f}" if of else "" for name, of in values.items()]
+            means.append([method, str(len(values["mIoU"])), *cells])
+            for baseline in baselines:
+                of = {name: results.compare(method, baseline, fraction, reader(*METRICS[name][:2])) for name in SHOWN}
+                if baseline == method or of["mIoU"] is None:
+                    continue
+                p = "" if np.isnan(of["mIoU"].p) else f"{of['mIoU'].p:.3f}"
+                cells = [of[name].text(SHOWN[name]) if of[name] else "" for name in SHOWN]
+                differences.append([method, baseline, str(of["mIoU"].pairs), *cells, p])
+        if not means:
+            continue
+        lines += [f"### {float(fraction):.0%} of the training images", ""]
+        lines += table(["method", "runs", *SHOWN], means)
+        if differences:
+            lines += table(["method", "against", "pairs", *SHOWN, "p of mIoU"], differences)
     lines.append(
-        "Means over pairs of (draw, seed); in brackets the 95 % interval of the paired difference. A difference whose "
-        f"interval holds 0, or of fewer than {MIN_PAIRS} pairs, is no claim."
+        "Means over pairs of (draw, seed), and paired differences, in brackets their 95 % interval. A difference "
+        f"whose interval holds 0, or of fewer than {MIN_PAIRS} pairs, is no claim."
     )
     if results.missing:
         lines.append(f"{results.missing} runs of the recipe are missing.")
     return "\n".join(lines) + "\n"
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)] + [""]
 
 
 def comparison(results: Results, fraction: str, study: str, baseline: str = "ce") -> Comparison:
@@ -187,7 +196,7 @@ def comparison(results: Results, fraction: str, study: str, baseline: str = "ce"
                 "method": method,
                 "runs": len(scores),
                 "mean_iou": f"{np.mean(scores):.2f}",
-                "difference": "" if method == baseline or difference is None else str(difference),
+                "difference": "" if method == baseline or difference is None else difference.text(),
                 "ece": f"{np.mean(eces):.2f}" if eces else "",
             }
         )
@@ -293,29 +302,32 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="Folder with recipe.yaml.")
     parser.add_argument("--run", action="store_true", help="Train what is missing first.")
-    parser.add_argument("--baseline", default="ce", help="The method the others are compared with.")
+    parser.add_argument(
+        "--baseline", nargs="+", default=["ce"], help="The methods the others are compared with; figures: the first."
+    )
     parser.add_argument("--address", help="Ray cluster. Default: this machine.")
     parser.add_argument("--cpus_per_cell", type=int, help="Cores of a training. Default: all of a machine.")
     parser.add_argument("--gpus_per_cell", type=float, default=0)
     options = vars(parser.parse_args(argv))
-    folder, baseline, worked = options.pop("study"), options.pop("baseline"), True
+    folder, baselines, worked = options.pop("study"), options.pop("baseline"), True
     try:
         if options.pop("run"):
             worked = run_missing(folder, options)
         results = Results(folder)
-        if baseline not in results.methods:
-            raise InputError(f"baseline {baseline} is no method of {folder / 'recipe.yaml'}: {results.methods}")
+        for baseline in baselines:
+            if baseline not in results.methods:
+                raise InputError(f"baseline {baseline} is no method of {folder / 'recipe.yaml'}: {results.methods}")
         if not results.cells:
             raise InputError(f"{folder} has no results yet: --run makes them")
     except InputError as error:
         fail(error)
-    rows = table_rows(results, baseline)
-    write_whole(folder / "table.md", markdown(results, rows, baseline))
+    rows = table_rows(results, baselines)
+    write_whole(folder / "table.md", markdown(results, baselines))
     with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
-    plot(results, folder, baseline)
+    plot(results, folder, baselines[0])
     print((folder / "table.md").read_text(encoding="utf-8"))
     sys.exit(0 if worked else 1)
 

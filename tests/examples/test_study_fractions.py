@@ -98,12 +98,16 @@ def test_nothing_to_report(study, change, message):
 
 def test_another_baseline(study):
     assert report(study, "--baseline", "best").returncode == 2
-    assert "against pals" in report(study, "--baseline", "pals").stdout
+    result = report(study, "--baseline", "pals", "ce")
+    assert "| ce | pals | 6 | -2." in result.stdout
+    assert "| pals | ce | 6 | +2." in result.stdout
+    with open(study / "table.csv", newline="") as file:
+        assert [(r["method"], r["against"]) for r in csv.DictReader(file)][:1] == [("ce", "pals")]
 
 
 def test_differences():
     difference = study_fractions.Difference.of(np.array([3.0, 4.0, 5.0]), np.array([1.0, 2.0, 2.0]))
-    assert difference.mean == pytest.approx(7 / 3)
+    assert difference.difference == pytest.approx(7 / 3)
     half = 4.302653 * np.std([2, 2, 3], ddof=1) / np.sqrt(3)  # t of 2 degrees of freedom
     assert (difference.low, difference.high) == pytest.approx((7 / 3 - half, 7 / 3 + half), rel=1e-5)
     assert difference.p == pytest.approx(0.25)
