@@ -165,6 +165,10 @@ class ScriptArguments(DataArguments):
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to start from. Default: a small SegFormer from scratch."}
     )
+    from_scratch: bool = field(
+        default=False,
+        metadata={"help": "Take only the architecture of --model_name_or_path, a config.json, and draw new weights."},
+    )
     output_stride: int | None = field(
         default=None, metadata={"help": "8 or 16 for DeepLab-style networks like MobileNetV2. Default: the model's."}
     )
@@ -279,6 +283,8 @@ class ScriptArguments(DataArguments):
                 raise InputError("streaming needs a crop_size: the size of the images is not known beforehand")
         if self.eval_only and self.model_name_or_path is None:
             raise InputError("eval_only scores a checkpoint: give it by model_name_or_path")
+        if self.from_scratch and (self.eval_only or self.model_name_or_path is None):
+            raise InputError("from_scratch trains the architecture of model_name_or_path: give that, and no eval_only")
 
 
 class OneLineParser(HfArgumentParser):
@@ -494,7 +500,7 @@ def build_trainer(
     if args.eval_only:
         model, processor = load_finished(args.model_name_or_path, data.id2label, "cpu")
     else:
-        model = build_model(args.model_name_or_path, data.id2label, args.output_stride)
+        model = build_model(args.model_name_or_path, data.id2label, args.output_stride, args.from_scratch)
         processor = build_image_processor(args.model_name_or_path, args.image_size)
     callbacks = []
     if args.early_stopping_patience is not None:

@@ -256,7 +256,7 @@ def refuse_unsuitable(config: PreTrainedConfig) -> None:
 
 
 def build_model(
-    name_or_path: str | None, id2label: dict[int, str], output_stride: int | None = None
+    name_or_path: str | None, id2label: dict[int, str], output_stride: int | None = None, from_scratch: bool = False
 ) -> PreTrainedModel:
     """A segmentation network for the given classes, in float32 and without auxiliary heads.
 
@@ -265,6 +265,7 @@ def build_model(
             Without one, a small SegFormer (0.7 M parameters) from scratch.
         id2label: class index to name.
         output_stride: 8, 16 or 32, for networks with a choice (MobileNetV2, MobileViT): 8 and 16 are DeepLab's.
+        from_scratch: draw all weights new; of `name_or_path` only its `config.json` is read.
 
     Raises:
         InputError: the checkpoint cannot be loaded, is no model for PALS, or has no output stride to choose.
@@ -295,6 +296,10 @@ def build_model(
         config.output_stride = output_stride
     if hasattr(config, "use_auxiliary_head"):
         config.use_auxiliary_head = False
+    if from_scratch:
+        model = AutoModelForSemanticSegmentation.from_config(config, dtype=torch.float32)
+        _start_new_classifier(model, set(model.state_dict()))
+        return model
     try:
         model, info = AutoModelForSemanticSegmentation.from_pretrained(
             name_or_path,

@@ -204,6 +204,14 @@ class TestBuildModel:
         assert weight.abs().max() <= bound
         assert weight.std() == pytest.approx(bound / 3**0.5, rel=0.3)
 
+    def test_from_scratch_needs_a_config_only(self, any_model, tmp_path):
+        any_model.config.save_pretrained(tmp_path)
+        first, second = (build_model(str(tmp_path), dict(enumerate("abcdefg")), from_scratch=True) for _ in range(2))
+        assert type(first) is type(any_model)
+        assert first.config.num_labels == 7
+        pairs = zip(first.parameters(), second.parameters(), strict=True)
+        assert not all(torch.equal(one, other) for one, other in pairs)  # drawn, not loaded
+
     def test_builds_without_auxiliary_heads(self, tmp_path):
         tiny_upernet(use_auxiliary_head=True, auxiliary_channels=8, auxiliary_in_channels=16).save_pretrained(tmp_path)
         assert build_model(str(tmp_path), NAMES).auxiliary_head is None

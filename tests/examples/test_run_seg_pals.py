@@ -383,6 +383,7 @@ class TestWrongInput:
             (["--streaming", "--train_fraction", "0.5"], ["train_fraction", "train_manifest"]),
             (["--streaming", "--crop_size", "8", "8", "--class_weighting", "inverse"], ["class_pixels"]),
             (["--output_stride", "8"], ["SegFormer has none to choose"]),
+            (["--from_scratch"], ["from_scratch", "model_name_or_path"]),
             (["--palette", "/no/palette.json"], ["without id2label or void_labels"]),
             (["--lr_scheduler_type", "triangle"], ["triangle"]),
             (["--ignore_index", "-100"], ["ignore_index must be 255"]),
