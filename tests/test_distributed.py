@@ -35,8 +35,9 @@ def ranks(folder):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_batch_trains_alike_however_it_is_cut_up(run, runs):
-    """Measured: losses and gradient norms agree to 3e-7 of their size, on some processors norms only to 4e-6, weights
-    after three steps to 2e-9.
+    """Measured: losses and gradient norms agree to 3e-7 of their size, weights after three steps to 2e-9.
+
+    With every option the norm is a small one, 0.003, and on some processors agrees to 1.1e-8 only.
     """
     expected = runs / "1" / f"8x1, {run}"
     (whole,), weights = ranks(expected), load_file(expected / "tensors.safetensors")
@@ -48,7 +49,7 @@ def test_a_batch_trains_alike_however_it_is_cut_up(run, runs):
             seen = [set(record["seen"]) for record in records]
             assert sum(map(len, seen)) == len(set.union(*seen)) == 24  # disjoint, and everything
             assert records[0]["loss"] == pytest.approx(whole["loss"], rel=3e-6)
-            assert records[0]["grad_norm"] == pytest.approx(whole["grad_norm"], rel=2e-5)
+            assert records[0]["grad_norm"] == pytest.approx(whole["grad_norm"], rel=3e-6, abs=2e-8)
             for name, tensor in load_file(folder / "tensors.safetensors").items():
                 torch.testing.assert_close(tensor, weights[name], rtol=1e-6, atol=5e-8, msg=f"{cut}: {name}")
 
