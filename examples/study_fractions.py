@@ -112,6 +112,11 @@ def reader(key: str, factor: float) -> Callable[[dict], float]:
     return lambda metrics: np.nan if metrics.get(key) is None else factor * metrics[key]
 
 
+def baselines_of(method: str, baselines: list[str]) -> list[str]:
+    """What a method is compared with: all baselines, a baseline only with those before it."""
+    return baselines[: baselines.index(method)] if method in baselines else baselines
+
+
 def table_rows(results: Results, baselines: list[str]) -> list[dict[str, Any]]:
     """A row for each figure of a method and each baseline it can be compared with, or one without a comparison."""
     rows = []
@@ -128,9 +133,8 @@ def table_rows(results: Results, baselines: list[str]) -> list[dict[str, Any]]:
                 }
                 compared = [
                     {"against": baseline, **vars(difference)}
-                    for baseline in baselines
-                    if baseline != method
-                    and (difference := results.compare(method, baseline, fraction, reader(key, factor)))
+                    for baseline in baselines_of(method, baselines)
+                    if (difference := results.compare(method, baseline, fraction, reader(key, factor)))
                 ]
                 rows += [row | difference for difference in compared or [{}]]
     return rows
@@ -147,9 +151,9 @@ def markdown(results: Results, baselines: list[str]) -> str:
                 continue
             cells = [f"{np.mean(list(of.values())):.{SHOWN[name]}f}" if of else "" for name, of in values.items()]
             means.append([method, str(len(values["mIoU"])), *cells])
-            for baseline in baselines:
+            for baseline in baselines_of(method, baselines):
                 of = {name: results.compare(method, baseline, fraction, reader(*METRICS[name][:2])) for name in SHOWN}
-                if baseline == method or of["mIoU"] is None:
+                if of["mIoU"] is None:
                     continue
                 p = "" if np.isnan(of["mIoU"].p) else f"{of['mIoU'].p:.3f}"
                 cells = [of[name].text(SHOWN[name]) if of[name] else "" for name in SHOWN]
