@@ -480,10 +480,7 @@ class PALSTrainer(Trainer):
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
-            if Path(self.state.best_model_checkpoint or "") == written:
-                self.state.best_model_checkpoint = str(checkpoint)
-                if self.args.should_save:
-                    self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            self._record_best(written, checkpoint)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish(written, checkpoint)
@@ -505,6 +502,16 @@ class PALSTrainer(Trainer):
             clear_unfinished(run_dir)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
+
+    def _record_best(self, written: Path, checkpoint: Path) -> None:
+        """Where the best checkpoint is: the parent looks for it beside the one being written, which is aside."""
+        if not self.state.best_global_step:
+            return
+        best = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        if best == checkpoint or best.exists():
+            self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
 
     def _discard_old_checkpoints(self, run_dir: Path, kept: set[str]) -> None:
         kept.add(os.path.basename(self.state.best_model_checkpoint or ""))

@@ -33,6 +33,14 @@ from pals_hf.errors import InputError, TrainingError
 from pals_hf.models import build_image_processor
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+# Every evaluation gives the same, so that the first is the best.
+UNCHANGING = {
+    **SAVING,
+    "eval_steps": 1,
+    "freeze_batch_norm": True,
+    "learning_rate": 0.0,
+    "lr_scheduler_type": "constant",
+}
 
 
 def write_checkpoint(folder, state="{}"):
@@ -253,6 +261,32 @@ class TestSaving:
         trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples(), eval_dataset=Examples())
         trainer.train()
         assert is_complete_checkpoint(trainer.state.best_model_checkpoint)
+
+    def test_the_best_checkpoint_of_a_run_that_was_moved(self, tmp_path):
+        """Its recorded path is gone; it is found where the run is now, and stays."""
+
+        def train(run, max_steps, limit, checkpoint=None):
+            args = config(run, **{**UNCHANGING, "save_total_limit": limit}, eval_strategy="steps", max_steps=max_steps)
+            trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples(), eval_dataset=Examples())
+            trainer.train(resume_from_checkpoint=checkpoint)
+            return trainer.state
+
+        assert train(tmp_path / "here", 2, None).best_global_step == 1
+        (tmp_path / "here").rename(tmp_path / "there")
+        state = train(tmp_path / "there", 3, 1, str(tmp_path / "there" / "checkpoint-2"))
+        first, last = complete(tmp_path / "there")
+        assert (first.name, last.name) == ("checkpoint-1", "checkpoint-3")
+        saved = json.loads((last / "trainer_state.json").read_text())
+        assert state.best_model_checkpoint == saved["best_model_checkpoint"] == str(first)
+
+    def test_the_best_checkpoint_that_is_evaluated_after_it_was_saved(self, tmp_path):
+        args = config(tmp_path, **{**UNCHANGING, "save_total_limit": 1}, eval_strategy="epoch", max_steps=3)
+        args.per_device_train_batch_size = 2
+        trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples(), eval_dataset=Examples())
+        trainer.train()
+        assert trainer.state.best_global_step == 2
+        assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+        assert [path.name for path in complete(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
 
     def test_sigterm_is_heard_in_training_only(self, tmp_path):
         before = signal.getsignal(signal.SIGTERM)
