@@ -144,9 +144,10 @@ class PALSConfig(TrainingArguments):
         },
     )
     affinity_pooling: str = field(
-        default="both",
+        default="keys",
         metadata={
-            "help": "PALS: with a stride, compare every cell with the blocks (`keys`) or blocks with blocks (`both`).",
+            "help": "PALS: with a stride, compare every cell with the blocks (`keys`), or blocks with blocks "
+            "(`both`), which is cheaper and blurs.",
             "choices": POOLINGS,
         },
     )
@@ -154,8 +155,8 @@ class PALSConfig(TrainingArguments):
         default=None,
         metadata={
             "help": _preset_help(
-                "PALS: the stride is raised until there are no more blocks than this: with pooling `both` a bound on "
-                "the cost.",
+                "PALS: the stride is raised until there are no more blocks than this: the cost grows with the number "
+                "of cells only, with pooling `both` not at all.",
                 "max_affinity_cells",
             )
         },

@@ -36,6 +36,8 @@ _HEAD_DIM_ALIGNMENT = 8
 _EXCLUSION = 30.0
 # Where other cells have less than this share of a cell's affinity beside its own, there are none to average over.
 _NOBODY = 1e-3
+# Queries that are compared at once: on a CPU few, for the memory, on a GPU enough to fill it.
+QUERIES_AT_ONCE = {"cpu": 2**12, "cuda": 2**16}
 # Classes that are upsampled at once for the argmax.
 _CLASSES_AT_ONCE = 4
 
@@ -54,7 +56,7 @@ def aggregate_probabilities(
     propagation_weight: float = 1.0,
     anchor_weight: float = 0.0,
     affinity_stride: int = 1,
-    affinity_pooling: str = "both",
+    affinity_pooling: str = "keys",
     max_affinity_cells: int | None = None,
 ) -> Tensor:
     r"""Average the class distributions of all cells of an image, weighted by feature similarity.
@@ -78,9 +80,9 @@ def aggregate_probabilities(
         labels: `(B, H, W)`, for the three options that need them. See [`pool_labels`].
         pairs: "all", or "same_class": a labelled cell is compared with cells of its own class only. A cell without a
             label is compared with all, and one whose class no key has keeps its own distribution.
-        include_self: whether a cell is among those it is averaged over. Without (not with `affinity_pooling="keys"`),
-            a cell that is compared with no other, or whose others have less than a thousandth of its affinity,
-            keeps its own distribution. Computed in float32.
+        include_self: whether a cell is among those it is averaged over. Without (which blocks as keys do not allow),
+            a cell that is compared with no other, or whose others have less than a thousandth of its affinity, keeps
+            its own distribution. Computed in float32.
         void_keys: whether cells without a label are averaged over. They get a q of their own either way.
         ignore_index: label of void pixels. [`PADDING_INDEX`] is no label either.
         propagation_steps, propagation_weight: q starts as p and becomes `weight * S q + (1 - weight) * p` in every
@@ -93,9 +95,10 @@ def aggregate_probabilities(
         affinity_stride: with s > 1, blocks of s x s cells, their features and probabilities averaged, take the place
             of cells:
         affinity_pooling: as "keys", so that every cell is compared with the blocks (the cost falls with s^2), or as
-            "both" keys and queries (s^4), with q brought back to the grid by bilinear interpolation.
-        max_affinity_cells: the stride is raised until there are no more blocks than this, which with pooling "both"
-            bounds the cost.
+            "both" keys and queries (s^4), with q brought back to the grid by bilinear interpolation: cheaper, and
+            blurred.
+        max_affinity_cells: the stride is raised until there are no more blocks than this, so that the cost grows
+            with the number of cells only, and with pooling "both" not at all.
 
     Returns:
         `(B, C, h, w)` in the dtype of `probabilities`; each cell sums to one.
@@ -134,7 +137,7 @@ def aggregate_probabilities(
         got, options = "none" if labels is None else tuple(labels.shape), f"{pairs=}, {void_keys=}, {anchor_weight=}"
         raise ValueError(f"{options} needs labels (B, H, W), got {got}")
     num_classes, grid = probabilities.shape[1], features.shape[2:]
-    stride = _capped_stride(affinity_stride, grid, max_affinity_cells)
+    stride = capped_stride(affinity_stride, grid, max_affinity_cells)
     pool_queries = stride > 1 and affinity_pooling == "both"
 
     # The norm is taken in float32: squares of half-precision features overflow or vanish.
@@ -188,7 +191,7 @@ def check_affinity(
     propagation_weight: float = 1.0,
     anchor_weight: float = 0.0,
     affinity_stride: int = 1,
-    affinity_pooling: str = "both",
+    affinity_pooling: str = "keys",
     max_affinity_cells: int | None = None,
 ) -> None:
     """Check options of [`aggregate_probabilities`].
@@ -201,7 +204,8 @@ def check_affinity(
     for name, value, allowed in (("pairs", pairs, PAIRS), ("affinity_pooling", affinity_pooling, POOLINGS)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    if not include_self and affinity_pooling != "both":
+    has_blocks = affinity_stride > 1 or max_affinity_cells is not None
+    if not include_self and has_blocks and affinity_pooling == "keys":
         raise ValueError("include_self=False needs affinity_pooling='both': a block is no cell that could be left out")
     if not 0.0 <= propagation_weight <= 1.0:
         raise ValueError(f"propagation_weight must lie in [0, 1], got {propagation_weight}")
@@ -257,7 +261,13 @@ def _count_labels(labels: Tensor, grid: tuple[int, int], num_classes: int, ignor
     return counts.view(batch, *grid, num_classes)
 
 
-def _capped_stride(stride: int, grid: tuple[int, int], max_cells: int | None) -> int:
+def capped_stride(stride: int, grid: tuple[int, int], max_cells: int | None) -> int:
+    """The smallest stride, at least `stride`, with which a grid has no more than `max_cells` blocks.
+
+    Example:
+        >>> capped_stride(1, (128, 128), 2048)
+        3
+    """
     if max_cells is not None:
         while math.ceil(grid[0] / stride) * math.ceil(grid[1] / stride) > max_cells:
             stride += 1
@@ -309,10 +319,13 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, tau: float) -> Tensor
     # Kernels need one head dimension for queries, keys and values, else torch falls back to the N x M matrix.
     head_dim = max(keys.shape[2], values.shape[2])
     head_dim += -head_dim % _HEAD_DIM_ALIGNMENT
-    heads = (_to_head(vectors.to(keys.dtype), head_dim) for vectors in (queries, keys, values))
+    keys, heads = _to_head(keys, head_dim), _to_head(values.to(keys.dtype), head_dim)
+    at_once = QUERIES_AT_ONCE.get(keys.device.type, QUERIES_AT_ONCE["cuda"])
+    averages = values.new_empty(*queries.shape[:2], values.shape[2], dtype=torch.float32)
     with torch.autocast(keys.device.type, enabled=False):
-        averages = F.scaled_dot_product_attention(*heads, scale=1.0 / tau)
-    averages = averages[:, 0, :, : values.shape[2]].float()
+        for some, average in zip(queries.split(at_once, dim=1), averages.split(at_once, dim=1), strict=True):
+            attended = F.scaled_dot_product_attention(_to_head(some, head_dim), keys, heads, scale=1.0 / tau)
+            average.copy_(attended[:, 0, :, : values.shape[2]])
     # One already in real numbers; in half precision the rounded weights do not quite sum to it.
     return averages / averages.sum(dim=2, keepdim=True)
 

@@ -33,6 +33,7 @@ LOSSES = {
     "pals, every option": {
         "pairs": "same_class",
         "include_self": False,
+        "affinity_pooling": "both",
         "void_keys": False,
         "teacher": "ema",
         "distill_void": True,
