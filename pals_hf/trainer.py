@@ -604,11 +604,11 @@ class PALSTrainer(Trainer):
         folder = Path(args.output_dir if folder is None else folder)
         step, epoch = self._best or (self.state.global_step, self.state.epoch)
         backbone = getattr(config, "backbone_config", None)
-        history = {
-            entry["step"]: {name: entry.get(name) for name in ("step", "eval_loss", "eval_mean_iou")}
-            for entry in self.state.log_history
-            if "eval_mean_iou" in entry
-        }
+        history = {}
+        for entry in self.state.log_history:
+            if "eval_mean_iou" in entry:  # one after the training, of other weights or images, has its last step too
+                figures = {name: entry.get(name) for name in ("step", "eval_loss", "eval_mean_iou")}
+                history.setdefault(entry["step"], figures)
         return CardData(
             model_name=self.hub_model_id or args.hub_model_id or Path(args.output_dir).resolve().name,
             architecture=type(self.model).__name__,

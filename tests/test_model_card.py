@@ -268,3 +268,6 @@ def test_the_best_checkpoint(folder, tmp_path):
     assert "the best checkpoint of 4 steps" in render(card)
     trainer.evaluate(TransformedDataset(data.train, EvalTransform(processor)))  # other images are not in the card
     assert trainer.card_data().metrics == best.metrics
+    assert trainer.card_data().history == card.history
+    trainer.evaluate()  # the best weights are not those of the last step
+    assert trainer.card_data().history == card.history
