@@ -99,6 +99,11 @@ def cache_file(contents: str) -> str | None:
     return str(folder / f"{hashlib.sha256(contents.encode()).hexdigest()[:32]}.arrow")
 
 
+def hash_of_labels(labels: np.ndarray) -> str:
+    """SHA-256 of class indices `(H, W)`, whatever they were encoded as."""
+    return hashlib.sha256(f"{labels.shape} ".encode() + labels.tobytes()).hexdigest()
+
+
 def _look_at(example: dict[str, Any], classes: Classes) -> dict[str, Any]:
     """What is stored of one image and mask, or what is wrong with them."""
     try:
@@ -112,7 +117,7 @@ def _look_at(example: dict[str, Any], classes: Classes) -> dict[str, Any]:
         "labels": {"bytes": buffer.getvalue(), "path": None},
         "class_pixels": [*counts[: len(classes.names)].tolist(), int(counts[255])],
         "image_sha256": image_hash,
-        "labels_sha256": hashlib.sha256(f"{labels.shape} ".encode() + labels.tobytes()).hexdigest(),
+        "labels_sha256": hash_of_labels(labels),
         "problem": None,
     }
 

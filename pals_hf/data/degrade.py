@@ -12,10 +12,11 @@ from datasets import Dataset
 from PIL import Image as PILImage
 
 from ..errors import InputError
-from .checking import cache_file
+from .checking import cache_file, hash_of_labels
 from .classes import IGNORE_INDEX
-from .fractions import fingerprint
+from .fractions import cache_key
 
+_FORMAT = 2  # of what is stored: raise it when that changes
 BRUSH = 5  # pixels across: what one click paints
 BLOCK = 32  # pixels across: within it an object is taken for another
 
@@ -90,7 +91,7 @@ def _with_masks(
     dataset: Dataset, change: Callable[..., np.ndarray], what: str, seed: int, **options: float
 ) -> Dataset:
     """The data set with `change(mask, generator, **options)` for every mask, kept in the cache of `datasets`."""
-    meaning = f"{what} {seed} {fingerprint(dataset)}"
+    meaning = f"{what} {seed} {_FORMAT} {cache_key(dataset)}"
     cache = cache_file(meaning)
     return dataset.map(
         _change_mask,
@@ -113,7 +114,8 @@ def _change_mask(
     PILImage.fromarray(mask).save(buffer, format="png", compress_level=1)
     classes = len(example["class_pixels"]) - 1
     counts = np.bincount(mask.ravel(), minlength=256)
-    return {
+    changed = {
         "labels": {"bytes": buffer.getvalue(), "path": None},
         "class_pixels": [*counts[:classes].tolist(), int(counts[IGNORE_INDEX])],
     }
+    return {**changed, "labels_sha256": hash_of_labels(mask)} if "labels_sha256" in example else changed

@@ -125,6 +125,11 @@ def fingerprint(dataset: Dataset) -> str:
     return hashlib.sha256(json.dumps([columns, rows]).encode()).hexdigest()
 
 
+def cache_key(dataset: Dataset) -> str:
+    """What a cache is named by: [`fingerprint`], and what `datasets` knows of the order and of other columns."""
+    return f"{fingerprint(dataset)} {dataset._fingerprint}"
+
+
 @dataclass(frozen=True)
 class FractionManifest:
     """The record of a drawn fraction: what to publish so that others train on the same images.

@@ -15,11 +15,14 @@ from torchvision.transforms import v2
 
 from ..errors import InputError
 from .checking import cache_file
-from .fractions import fingerprint
+from .fractions import cache_key
 from .transforms import resize_of
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
+
+
+_FORMAT = 1  # of what is stored: raise it when that changes
 
 
 def cache_resized(dataset: Dataset, processor: BaseImageProcessor, num_proc: int | None = None) -> Dataset:
@@ -38,7 +41,7 @@ def cache_resized(dataset: Dataset, processor: BaseImageProcessor, num_proc: int
     """
     if not processor.do_resize:
         raise InputError("cache_images keeps images at the size they are trained at: give an image_size")
-    meaning = f"resized {fingerprint(dataset)} {processor.size} {processor.resample}"
+    meaning = f"resized {_FORMAT} {cache_key(dataset)} {processor.size} {processor.resample}"
     cache = cache_file(meaning)
     return dataset.map(
         _resize_pair,

@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pytest
 from conftest import NUM_LABELS, RAW_VOID
@@ -53,6 +55,25 @@ def test_depends_on_id_and_seed_only(worse, how_much, train):
     assert np.array_equal(masks(first)[5], masks(part)[0])
     assert np.array_equal(masks(first)[2], masks(part)[1])
     assert not all(np.array_equal(a, b) for a, b in zip(masks(first), masks(other), strict=True))
+
+
+def test_hashes_follow(train):
+    sparse = label_by_clicks(train, 4)
+    hashes = [hashlib.sha256(f"{mask.shape} ".encode() + mask.tobytes()).hexdigest() for mask in masks(sparse)]
+    assert sparse["labels_sha256"] == hashes
+    assert sparse["image_sha256"] == train["image_sha256"]
+    everything = label_by_clicks(train, 10_000)
+    assert everything["labels_sha256"] == train["labels_sha256"]
+
+
+@pytest.mark.parametrize("lost", [[], ["image_sha256", "labels_sha256"]])
+def test_the_cache_tells_masks_apart(lost, train):
+    """Made of the same images, one after the other; so are the same images in another order."""
+    train = train.remove_columns(lost)
+    few, many = (mislabel(label_by_clicks(train, clicks), 1.0) for clicks in (1, 50))
+    assert all((a != 255).sum() < (b != 255).sum() for a, b in zip(masks(few), masks(many), strict=True))
+    for order in ([5, 2], [2, 5]):
+        assert label_by_clicks(train.select(order), 1)["id"] == [train["id"][index] for index in order]
 
 
 def test_no_clicks(train):

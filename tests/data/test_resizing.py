@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from pals_hf.data import TrainTransform, TransformedDataset, load_segmentation_dataset, resizing
+from pals_hf.data.degrade import label_by_clicks
 from pals_hf.errors import InputError
 from pals_hf.models import build_image_processor
 
@@ -19,6 +21,15 @@ def test_training_sees_the_same_pixels(folder, monkeypatch):
     assert resizing.cache_resized(data, processor)["id"] == data["id"]
     with pytest.raises(pytest.fail.Exception):
         resizing.cache_resized(data, build_image_processor(None, (24, 30)))
+
+
+@pytest.mark.parametrize("lost", [[], ["id", "image_sha256", "labels_sha256"]])
+def test_the_cache_tells_masks_apart(lost, folder):
+    data = load_segmentation_dataset(dataset_dir=folder, void_labels=[11]).train.select(range(3))
+    sparse, processor = label_by_clicks(data, 2).remove_columns(lost), build_image_processor(None, (32, 48))
+    dense = resizing.cache_resized(data.remove_columns(lost), processor)
+    for labels, resized in ((data["labels"], dense), (sparse["labels"], resizing.cache_resized(sparse, processor))):
+        assert [np.array(mask).tolist() for mask in resized["labels"]] == [np.array(mask).tolist() for mask in labels]
 
 
 def test_needs_a_size(folder):
