@@ -99,8 +99,8 @@ def load_segmentation_dataset(
             matching names and `id2label.json`, see [`layouts.read_folder`].
         dataset_config: configuration name of a Hub data set.
         image_column, label_column: names of the columns in a Hub, saved or Parquet data set; usual names are found.
-        id2label: class names, `{0: "sky", ...}` or a JSON file of it; by default those of the known data set, or
-            `id2label.json` of the folder or of the Hub repository.
+        id2label: class names, `{0: "sky", ...}` or a JSON file of it; by default `id2label.json` of the folder or of
+            the Hub repository, else those of the known data set.
         palette: a file of class names and colours, for masks that hold colours; see [`Classes.from_palette`].
             By default `palette.json` of the folder, if there is one.
         void_labels: raw mask values that mean "no label". They become 255 here, once; 255 itself always does.
@@ -247,11 +247,13 @@ def _read_folder(folder: Path, id2label, palette, void_labels: tuple[int, ...]) 
         splits[split] = Dataset.from_dict(columns, features=_FEATURES)
         if split != "test":
             fingerprints[split] = fingerprint_of_files([*columns["image"], *columns["labels"]])
-    if palette is None and id2label is None and layout.catalog_name is not None:
+    # Other data is often kept in the structure of a known data set, and then names its classes.
+    is_own = any((folder / name).is_file() for name in ("palette.json", "id2label.json"))
+    if palette is None and id2label is None and layout.catalog_name is not None and not is_own:
         classes = Classes.known(layout.catalog_name, void_labels)
     else:
         classes = _classes(id2label, palette, folder, void_labels)
-    return _Source(layout.name, splits, classes, fingerprints)
+    return _Source(folder.resolve().name if is_own else layout.name, splits, classes, fingerprints)
 
 
 def _classes(id2label, palette, folder: Path, void_labels: tuple[int, ...]) -> Classes:

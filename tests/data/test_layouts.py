@@ -134,6 +134,30 @@ def test_known_data_sets_take_other_class_names(tmp_path):
     assert set(np.unique(masks_of(data.train))) == {0, 1, 2, 255}
 
 
+class TestOwnDataInAKnownStructure:
+    """Classes that the folder names itself count, and it is not called what it is not."""
+
+    def test_class_names(self, tmp_path):
+        root = data_sets.ade20k(tmp_path) / "ADEChallengeData2016"
+        (root / "id2label.json").write_text(json.dumps({"1": "crack", "3": "rust", "150": "paint"}))
+        data = load_segmentation_dataset(dataset_dir=root, void_labels=[0])
+        assert data.id2label == {0: "crack", 1: "rust", 2: "paint"}
+        assert (data.name, data.colors, data.license) == ("ADEChallengeData2016", None, None)
+        assert (len(data.train), len(data.validation)) == (3, 2)
+        raw = np.array(PILImage.open(root / "annotations/training/ADE_train_00000001.png"))
+        assert np.array_equal(masks_of(data.train)[0] == 1, raw == 3)
+
+    def test_palette(self, tmp_path):
+        root = data_sets.voc2012(tmp_path) / "VOCdevkit" / "VOC2012"
+        for path in (root / "SegmentationClass").iterdir():
+            shown = np.array(PILImage.open(path)) == 15
+            PILImage.fromarray(np.where(shown[..., None], [70, 130, 180], 0).astype(np.uint8)).save(path)
+        (root / "palette.json").write_text(json.dumps({"ground": [0, 0, 0], "sky": "#4682b4"}))
+        data = load_segmentation_dataset(dataset_dir=root)
+        assert (data.name, data.id2label) == ("VOC2012", {0: "ground", 1: "sky"})
+        assert data.train["id"] == ["2007_000032", "2007_000039", "2007_000063"]
+
+
 class TestAnyFolder:
     def test_colours_nested_folders_and_other_names(self, tmp_path):
         data = load_segmentation_dataset(dataset_dir=data_sets.color_folder(tmp_path / "mine"))
