@@ -20,6 +20,7 @@ LOSSES = ("pals", "ce", "label_smoothing")
 BETA_SCHEDULES = ("constant", "linear", "cosine", "warmup")
 TEACHERS = ("live", "ema")
 VIEWS = ("same", "weak")
+ERRORS = ("loss", "ece", "brier")  # endings of the metrics of which less is better
 POLY = {"power": 0.9, "lr_end": 0.0}  # the usual schedule of segmentation
 
 
@@ -42,7 +43,8 @@ class PALSConfig(TrainingArguments):
     - `logging_steps` 10 instead of 500;
     - `eval_strategy` and `save_strategy` "steps", `eval_steps` and `save_steps` 0.1 (a tenth of the run) instead of
       none and 500; `save_total_limit` 2 instead of none;
-    - `metric_for_best_model` "mean_iou", `greater_is_better` True;
+    - `metric_for_best_model` "mean_iou"; unless given, `greater_is_better` is False for the errors of calibration
+      (`ece`, `classwise_ece`, `brier`) as it is for a loss;
     - `per_device_eval_batch_size` 1 instead of 8: evaluation images are never padded to a common size;
     - `batch_eval_metrics` True (metrics stream) and `remove_unused_columns` False; both are needed.
 
@@ -248,7 +250,10 @@ class PALSConfig(TrainingArguments):
     save_steps: float = field(default=0.1, metadata={"help": "Save every so many steps, or this share of the run."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; the best is always kept."})
     metric_for_best_model: str | None = field(default="mean_iou", metadata={"help": "Metric of the best checkpoint."})
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger metric is better."})
+    greater_is_better: bool | None = field(
+        default=None,
+        metadata={"help": "Whether a larger metric is better. Default: unless its name ends in loss, ece or brier."},
+    )
     per_device_eval_batch_size: int = field(
         default=1, metadata={"help": "Images evaluated at once on a device. Of different sizes: one after the other."}
     )
@@ -263,6 +268,8 @@ class PALSConfig(TrainingArguments):
                 setattr(self, name, value)
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "polynomial":
             self.lr_scheduler_kwargs = dict(POLY)
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = not self.metric_for_best_model.endswith(ERRORS)
         self._check_fields()
         super().__post_init__()
         started = int(os.environ.get("WORLD_SIZE", 1))

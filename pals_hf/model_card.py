@@ -211,7 +211,7 @@ def settings(args: PALSConfig) -> dict[str, Any]:
 
 def _default(field: dataclasses.Field) -> Any:
     """What stands in a field that was not given. (A second instance to look at would reset Accelerate's state.)"""
-    settled_later = {**PRESETS["default"], "lr_scheduler_kwargs": POLY}
+    settled_later = {**PRESETS["default"], "lr_scheduler_kwargs": POLY, "greater_is_better": True}
     if field.default is dataclasses.MISSING:
         return field.default_factory()
     return settled_later.get(field.name) if field.default is None else field.default

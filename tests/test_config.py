@@ -18,6 +18,18 @@ def test_presets_fill_what_is_not_given(tmp_path):
     assert (config.beta, config.tau) == (0.25, PRESETS["paper"]["tau"])
 
 
+def test_what_is_better_goes_by_the_metric(tmp_path):
+    def is_greater_better(metric, **given):
+        return PALSConfig(tmp_path, metric_for_best_model=metric, **given).greater_is_better
+
+    for metric in ("mean_iou", "eval_overall_accuracy", "mean_boundary_iou"):
+        assert is_greater_better(metric) is True
+    for metric in ("loss", "eval_loss", "ece", "eval_classwise_ece", "brier"):
+        assert is_greater_better(metric) is False
+        assert is_greater_better(metric, greater_is_better=True) is True
+    assert is_greater_better(None, load_best_model_at_end=True) is False  # by the loss, then
+
+
 def test_every_field_has_help():
     assert not [field.name for field in dataclasses.fields(PALSConfig) if not field.metadata.get("help")]
 
