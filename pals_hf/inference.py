@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 from transformers.utils import logging
 
+from .data.checking import is_deep
 from .errors import InputError, first_line
 from .functional import entropy, upsample, upsample_argmax
 from .fused import tiles
@@ -83,7 +84,7 @@ def read_pictures(path: Path) -> Iterator[Image.Image]:
         if path.stat().st_size == 0:
             raise ValueError("the file is empty")
         with Image.open(path) as opened:
-            if opened.mode.startswith(("I", "F")):
+            if is_deep(opened):
                 raise ValueError(f"images of more than 8 bits a channel (mode {opened.mode}) are not read")
             for frame in ImageSequence.Iterator(opened) if opened.format in _ANIMATED else [opened]:
                 yield ImageOps.exif_transpose(frame).convert("RGB")

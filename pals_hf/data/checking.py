@@ -24,7 +24,7 @@ from .classes import Classes
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-_FORMAT = 1  # of what is stored: raise it when that changes
+_FORMAT = 2  # of what is stored: raise it when that changes
 _EXIF_ORIENTATION = 0x0112
 _QUARTER_TURNS = {5, 6, 7, 8}  # orientations that swap width and height
 _FOUND = Features(
@@ -139,7 +139,7 @@ def read_pair(example: dict[str, Any], classes: Classes) -> tuple[Picture, np.nd
         raise InputError(f"{mask_name}: {error}") from error
     labels = _turn_alike(labels, mask, image)
     upright = ImageOps.exif_transpose(image)
-    if upright.mode in ("I", "I;16", "F"):
+    if is_deep(upright):
         raise InputError(f"{image_name}: images of more than 8 bits a channel (mode {upright.mode}) are not read")
     if labels.shape != (upright.height, upright.width):
         raise InputError(
@@ -147,6 +147,11 @@ def read_pair(example: dict[str, Any], classes: Classes) -> tuple[Picture, np.nd
             f"{upright.width}x{upright.height}: they must agree"
         )
     return upright, labels, image_hash
+
+
+def is_deep(picture: Picture) -> bool:
+    """Whether a picture has channels of more than 8 bits (`I`, `I;16`, `I;16B`, `F`, ...), which PIL clips to RGB."""
+    return picture.mode.startswith(("I", "F"))
 
 
 def _decode(example: dict[str, Any], column: str) -> tuple[Picture, str, str]:

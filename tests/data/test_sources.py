@@ -89,9 +89,10 @@ class TestFolder:
         transform = EvalTransform(build_image_processor(None))
         assert transform(data.train[0]["image"], data.train[0]["labels"])["pixel_values"].shape == (3, 32, 48)
 
-    def test_an_image_of_16_bits(self, folder):
+    @pytest.mark.parametrize(("kind", "dtype"), [("png", "<u2"), ("tiff", ">u2"), ("tiff", "<i4"), ("tiff", "<f4")])
+    def test_an_image_of_more_than_8_bits(self, folder, kind, dtype):
         path = folder / "train" / "images" / "street 0.jpg"
-        PILImage.fromarray(np.zeros((32, 48), dtype=np.uint16)).save(path, format="png")
+        PILImage.fromarray(np.zeros((32, 48), dtype=dtype)).save(path, format=kind)
         with pytest.raises(InputError, match=r"street 0\.jpg: images of more than 8 bits a channel"):
             load(folder)
 
