@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.utils.data import IterableDataset
@@ -55,11 +56,12 @@ class StreamedDataset(IterableDataset):
         self.ids = None if ids is None else frozenset(ids)
         self.skip_bad_samples = skip_bad_samples
         self.multiple_of = 1
-        self._epoch = 0
+        # In shared memory, so that persistent workers see the epoch change.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Announce the epoch: another epoch has another order and sees other crops."""
-        self._epoch = epoch
+        self._epoch.fill_(epoch)
         self.stream.set_epoch(epoch)
 
     def complete_to(self, multiple_of: int) -> None:
@@ -94,7 +96,7 @@ class StreamedDataset(IterableDataset):
         """Decode, check and transform one example."""
         image, labels, _ = read_pair(row, self.classes)
         labels = PILImage.fromarray(np.full_like(labels, IGNORE_INDEX) if is_filler else labels)
-        with seeded(self.seed, self._epoch, row["id"]):
+        with seeded(self.seed, int(self._epoch), row["id"]):
             return {**self.transform(image, labels), ID: row["id"]}
 
 

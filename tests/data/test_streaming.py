@@ -92,6 +92,20 @@ def test_workers_share_the_stream(stream):
     assert sorted(x.sum().item() for x in labelled) == sorted(x.sum().item() for x in alone["labels"])
 
 
+def test_persistent_workers_see_the_epoch_change(stream):
+    """They have a copy of the data set, made before the first epoch."""
+    dataset = streamed(stream, transform=TrainTransform(build_image_processor(None), (16, 16)), ids=["street 3"])
+    loader = DataLoader(dataset, num_workers=1, persistent_workers=True, collate_fn=collate)
+
+    def crop(epoch):
+        dataset.set_epoch(epoch)
+        return next(iter(loader))["pixel_values"]
+
+    first, second = crop(0), crop(1)
+    assert not torch.equal(first, second)
+    assert torch.equal(crop(0), first)
+
+
 def test_bad_samples(folder, stream):
     (folder / "train" / "images" / "street 5.jpg").write_bytes(b"")
     with pytest.raises(InputError, match=r"street 5\.jpg is not a readable image: the file is empty"):
