@@ -61,6 +61,10 @@ class Classes:
         """From `{raw value: name}`, a JSON file of it, or a JSON list of names in the order of their values.
 
         Values may have gaps: the classes are numbered in their order.
+
+        Raises:
+            InputError: `names` is no such mapping or file, names twice or too few or many, or a value that no class
+                can have: 255 is always void.
         """
         source = "id2label" if isinstance(names, Mapping) else str(names)
         names = names if isinstance(names, Mapping) else _read_json(Path(names))
@@ -74,6 +78,12 @@ class Classes:
         for value in by_value:
             if not 0 <= value <= _MAX_VALUE:
                 raise InputError(f"{source}: {value} is not a value a mask can have (0..{_MAX_VALUE})")
+        if IGNORE_INDEX in by_value:
+            name = by_value[IGNORE_INDEX]
+            raise InputError(
+                f"{source}: {name!r} has the value 255, which is always void: leave it out if it means void, else "
+                f"give a palette file, which names grey values by their colours, like {{{name!r}: [255, 255, 255]}}"
+            )
         values = {value: index for index, value in enumerate(by_value)}
         return cls(tuple(by_value.values()), _with_void(values, void_labels))
 
@@ -158,6 +168,7 @@ def _stored_values(mask: Picture) -> np.ndarray:
 
 
 def _with_void(values: dict[int, int], void_labels: Iterable[int]) -> dict[int, int]:
+    void_labels = tuple(void_labels)
     for value in void_labels:
         if not 0 <= value <= _MAX_VALUE:
             raise InputError(f"void_labels: {value} is not a value a mask can have (0..{_MAX_VALUE})")

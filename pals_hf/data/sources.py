@@ -465,8 +465,13 @@ def _check_labels(train: Dataset, classes: Classes) -> None:
     """A network learns nothing from one class."""
     if len(train) == 0:
         raise InputError("the training split is empty")
-    pixels = np.sum(train["class_pixels"], axis=0)[:-1]
+    *pixels, void = np.sum(train["class_pixels"], axis=0)
     present = [name for name, count in zip(classes.names, pixels, strict=True) if count]
     if len(present) < 2:
         what = f"every labelled pixel is {present[0]!r}" if present else "no pixel is labelled"
-        raise InputError(f"{what} in the {len(train)} training images: is void_labels right?")
+        hint = "is void_labels right?"
+        if void and not classes.by_color:
+            hint += (
+                " 255 is always void: where it is a class, give a palette file, which names values by their colours"
+            )
+        raise InputError(f"{what} in the {len(train)} training images: {hint}")

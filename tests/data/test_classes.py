@@ -1,11 +1,15 @@
 """Raw values and colours to class indices, for any mapping."""
 
+import json
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from pals_hf.data import Classes
+from pals_hf.errors import InputError
 
 raw_values = st.lists(st.integers(0, 254), min_size=3, max_size=12, unique=True)
 
@@ -31,3 +35,21 @@ def test_colours(tmp_path_factory, colors, data):
     mask = Image.fromarray(np.array([chosen], dtype=np.uint8))
     encoded = Classes.from_palette(path).encode(mask)[0]
     assert encoded.tolist() == [named.index(color) if color in named else 255 for color in chosen]
+
+
+def test_a_class_cannot_be_255(tmp_path):
+    names = {0: "background", 128: "road", 255: "car"}
+    with pytest.raises(InputError, match=r"id2label: 'car' has the value 255, which is always void: .*palette file"):
+        Classes.from_names(names)
+    # What the message says to do.
+    path = tmp_path / "palette.json"
+    path.write_text(json.dumps({name: [value] * 3 for value, name in names.items()}))
+    assert Classes.from_palette(path).encode(Image.fromarray(np.uint8([[0, 128, 255]]))).tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    "classes", [lambda void: Classes.from_names({0: "a", 1: "b"}, void), lambda void: Classes.known("camvid", void)]
+)
+def test_void_labels_may_be_any_iterable(classes):
+    mask = Image.fromarray(np.uint8([[0, 77, 78]]))
+    assert classes(value for value in (77, 78)).encode(mask).tolist() == [[0, 255, 255]]

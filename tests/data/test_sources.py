@@ -273,6 +273,11 @@ class TestBadFolder:
             PILImage.fromarray(np.full((32, 48), 2, dtype=np.uint8)).save(path)
         self.expect(folder, "every labelled pixel is 'sky' in the 8 training images", "void_labels")
 
+    def test_binary_masks_of_0_and_255(self, folder):
+        for path in (folder / "train" / "masks").iterdir():
+            PILImage.fromarray(np.array(PILImage.open(path)) // 3 % 2 * np.uint8(255)).save(path)
+        self.expect(folder, "every labelled pixel is 'ground'", "255 is always void", "palette file")
+
     def test_nothing_labelled(self, folder):
         for path in (folder / "train" / "masks").iterdir():
             PILImage.fromarray(np.full((32, 48), RAW_VOID, dtype=np.uint8)).save(path)
