@@ -144,13 +144,15 @@ def inspect(args: TargetArguments) -> list[dict[str, Any]]:
 
 def read_pairs(args: TargetArguments) -> Iterator[tuple[Image.Image, Image.Image, Image.Image]]:
     """Images, the masks that are learned from, and the true masks."""
-    data = read_data(args, skip_bad_samples=False)
+    data = read_data(args, args.skip_bad_samples)
     train, held_out = data.train, data.validation
     if args.tuning_ids is not None:
         train, held_out = cut_matching(train, args.tuning_ids)
     images = held_out if args.validation else train
     if args.train_fraction is not None or args.train_count is not None:
-        manifest = FractionManifest.draw(images, args.train_fraction, args.split_seed, count=args.train_count)
+        manifest = FractionManifest.draw(
+            images, args.train_fraction, args.split_seed, count=args.train_count, method=args.split_method
+        )
         images = manifest.select(images)
     learned = worsen_labels(images, args)
     for row, worse in zip(images, learned, strict=True):

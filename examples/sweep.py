@@ -2,7 +2,7 @@
 """Run a grid of trainings, on this machine or on a Ray cluster.
 
     pip install -e ".[sweep]"
-    python examples/sweep.py examples/recipes/sweep.yaml --output_dir runs/sweep
+    python examples/sweep.py examples/sweeps/builtin.yaml --output_dir runs/sweep
 
 The recipe has flags of run_seg_pals.py that all trainings share, and axes whose values are combined:
 

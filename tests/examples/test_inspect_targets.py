@@ -15,6 +15,8 @@ from trained import save_checkpoint
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import inspect_targets
+import run_seg_pals
+from run_seg_pals import OneLineParser
 
 from pals_hf import load_segmentation_dataset
 from pals_hf.inference import load_for_inference, predict
@@ -79,6 +81,25 @@ def test_sparse_labels(folder, model, tmp_path):
     assert [row["anchor_weight"] for row in rows] == [0.0, 0.0, 100.0]
     assert rows[2]["hits"] > max(0.9, rows[1]["hits"])
     assert "anchors" in printed
+
+
+def test_looks_at_the_images_a_training_would_take(folder, model):
+    """With the same flags, those about what is drawn and left out among them."""
+    (folder / "train" / "images" / "street 0.jpg").write_bytes(b"")
+    for mask in (folder / "train" / "masks").iterdir():
+        if mask.stem != "street 6":  # the only one with a car, which the balanced draw takes
+            labels = np.array(Image.open(mask))
+            Image.fromarray(np.where(labels == 3, 0, labels)).save(mask)
+    flags = ["--dataset_dir", folder, "--void_labels", RAW_VOID, "--train_count", 3, "--skip_bad_samples", "True"]
+    looked_at = []
+    for method in ("random", "balanced"):
+        both = [*map(str, flags), "--split_method", method]
+        (args,) = OneLineParser(inspect_targets.TargetArguments).parse_args_into_dataclasses(both)
+        pictures = [image for image, _, _ in inspect_targets.read_pairs(args)]
+        (args,) = OneLineParser(run_seg_pals.ScriptArguments).parse_args_into_dataclasses(both)
+        assert pictures == run_seg_pals.load_data(args)[0].train["image"][:]
+        looked_at.append(pictures)
+    assert looked_at[0] != looked_at[1]
 
 
 def test_wrong_input(folder, model, tmp_path):
