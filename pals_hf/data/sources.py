@@ -107,7 +107,8 @@ def load_segmentation_dataset(
         validation_share: share of the training images that is cut off where there is no validation split.
         validation_seed: seed of that cut, and of the folds.
         num_folds: cross-validation: all images with masks but those of a test split are cut into so many folds, of
-            which `fold` is the validation split.
+            which `fold` is the validation split. Where both splits have an id, all begin with `train/` or
+            `validation/`.
         fold: 0 to `num_folds - 1`.
         skip_bad_samples: leave out what is wrong and list it in `skipped`, instead of raising.
         num_proc: processes that check.
@@ -445,12 +446,20 @@ def cut_matching(train: Dataset, pattern: str) -> tuple[Dataset, Dataset]:
 
 def _cut_fold(train: Dataset, validation: Dataset | None, num_folds: int, fold: int, seed: int):
     if validation is not None:
+        if not set(train["id"]).isdisjoint(validation["id"]):
+            train, validation = _prefix_ids(train, "train"), _prefix_ids(validation, "validation")
         train = concatenate_datasets([train, validation])
     if not 2 <= num_folds <= len(train):
         raise InputError(f"num_folds must lie between 2 and the {len(train)} images, got {num_folds}")
     if not 0 <= fold < num_folds:
         raise InputError(f"fold must lie between 0 and {num_folds - 1}, got {fold}")
     return _part(train, set(order_ids(train["id"], f"folds/{seed}")[fold::num_folds]))
+
+
+def _prefix_ids(split: Dataset, name: str) -> Dataset:
+    """The split with ids that no other split has: those from folders are paths below it."""
+    ids = Dataset.from_dict({"id": [f"{name}/{id}" for id in split["id"]]})
+    return concatenate_datasets([ids, split.remove_columns("id")], axis=1)
 
 
 def _part(dataset: Dataset, held_out: set[str]) -> tuple[Dataset, Dataset]:

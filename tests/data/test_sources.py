@@ -163,6 +163,20 @@ class TestFolder:
             with pytest.raises(InputError, match="fold"):
                 load(folder, **options)
 
+    def test_folds_of_splits_that_share_names(self, folder):
+        """Ids are paths below the split: these are told apart by it."""
+        for kind, suffix in (("images", "jpg"), ("masks", "png")):
+            (folder / "val" / kind / f"alley-3.{suffix}").rename(folder / "val" / kind / f"street 5.{suffix}")
+        data = load(folder, num_folds=3)
+        alleys = [f"validation/{name}" for name in ("alley-0", "alley-1", "alley-2", "alley-4", "street 5")]
+        streets = [f"train/street {index}" for index in range(8)]
+        assert sorted([*data.train["id"], *data.validation["id"]]) == [*streets, *alleys]
+        assert data.train.column_names == load(folder).train.column_names
+        images = dict(zip(load(folder).train["id"], load(folder).train["image_sha256"], strict=True))
+        for split in (data.train, data.validation):
+            for id, content in zip(split["id"], split["image_sha256"], strict=True):
+                assert id.startswith("validation/") or images[id.removeprefix("train/")] == content
+
     def test_counts_pixels_and_hashes_contents(self, folder):
         data = load(folder)
         labels = np.array(data.train[2]["labels"])
