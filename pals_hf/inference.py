@@ -195,8 +195,11 @@ def window_logits(model: nn.Module, pixel_values: Tensor, window: Sequence[int],
         `(B, C, H / s, W / s)` with s the network's stride, or `(B, C, H, W)`; float32.
 
     Example:
-        >>> window_logits(model, torch.randn(1, 3, 1024, 2048), (768, 768)).shape  # doctest: +SKIP
+        >>> pixel_values = torch.randn(1, 3, 1024, 2048)  # doctest: +SKIP
+        >>> window_logits(model, pixel_values, (1024, 1024)).shape  # from 0, 512 and 1024  # doctest: +SKIP
         torch.Size([1, 19, 256, 512])
+        >>> window_logits(model, pixel_values, (768, 768)).shape  # from 0, 427, 853 and 1280  # doctest: +SKIP
+        torch.Size([1, 19, 1024, 2048])
     """
     size = pixel_values.shape[2:]
     window = [min(wanted, available) for wanted, available in zip(window, size, strict=True)]

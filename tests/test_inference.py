@@ -60,6 +60,15 @@ def test_off_the_grid_the_logits_have_the_size_of_the_image():
     assert window_logits(network, pixels, (32, 32)).shape == (1, 4, 66, 95)
 
 
+def test_windows_of_the_docstring():
+    """Evenly spaced windows lie on the grid or not: both examples, at a sixteenth of their size."""
+    network, pixels = Local(4).eval(), torch.randn(1, 3, 64, 128)
+    assert _starts(2048, 1024, 1 / 3) == [0, 512, 1024]
+    assert window_logits(network, pixels, (64, 64)).shape == (1, 4, 16, 32)
+    assert _starts(2048, 768, 1 / 3) == [0, 427, 853, 1280]
+    assert window_logits(network, pixels, (48, 48)).shape == (1, 4, 64, 128)
+
+
 @pytest.mark.parametrize("overlap", [0.0, 1 / 3, 0.9])
 def test_windows_cover_everything_and_overlap_enough(overlap):
     for whole in range(1, 80):
