@@ -90,8 +90,8 @@ def calibration_metrics(sums: Tensor) -> dict[str, Any]:
 def boundary_counts(predictions: Tensor, labels: Tensor, num_labels: int, ignore_index: int = 255) -> Tensor:
     """Pixels of each class near its contours: in both, and in either of prediction and label.
 
-    The contour region of a class are its pixels that are less than d from a pixel of another class or from the edge
-    of the image, in the maximum norm, with d = 2 % of the diagonal, at least one pixel.
+    The contour region of a class are its pixels that are at most d from a pixel of another class or from one outside
+    the image, in the maximum norm, with d = 2 % of the diagonal, at least one pixel.
 
     Args:
         predictions, labels: `(H, W)`. Void pixels count as no class in both, and so their edge as a contour.
