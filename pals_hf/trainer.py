@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
@@ -27,8 +28,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
+from transformers.hyperparameter_search import default_hp_search_backend
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun, HPSearchBackend, HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
@@ -160,15 +162,17 @@ class PALSTrainer(Trainer):
         self._best: tuple[int, float] | None = None  # step and epoch of the weights, if they are those of the best
         self._on_their_way: list[tuple[Future, Path]] = []  # what is being pushed from where
         self._seconds, self._began = 0.0, None  # of training, before this start of the loop, and when it started
-        self._class_weights = weights_of_classes(args, kwargs.get("train_dataset"))
+        weights = weights_of_classes(args, kwargs.get("train_dataset"))
         if any(isinstance(kwargs.get(name), StreamedDataset) for name in ("train_dataset", "eval_dataset")):
             # Each process reads the stream and decodes its own part; else one would decode for all of them.
             args.accelerator_config.dispatch_batches = False
         super().__init__(model, args, data_collator=data_collator or partial(collate, with_ids=True), **kwargs)
+        if model is None:
+            self._adopt(self.model, args)
         if self.is_fsdp_enabled:
             # Accelerate asks for it, and networks without words raise instead of saying that they have none.
             self.model.get_input_embeddings = lambda: None
-        self.loss_function = build_loss(args, self._class_weights).to(args.device)
+        self.loss_function = build_loss(args, weights).to(args.device)
         self.metrics = SegmentationMetrics(self.model.config.num_labels, args.ignore_index)
         self.compute_metrics = self._stream_metrics
         self._cross_entropy_sum = 0.0
@@ -184,6 +188,7 @@ class PALSTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's, which SIGTERM ends after the step at hand."""
         self._heard_sigterm = self.terminated = False
+        self._seconds, self._loss_parts, self._saved_step = 0.0, Counter(), -1
         if threading.current_thread() is not threading.main_thread():  # no other can listen
             return super().train(*args, **kwargs)
         before = signal.signal(signal.SIGTERM, self._hear_sigterm)
@@ -195,12 +200,40 @@ class PALSTrainer(Trainer):
     def _hear_sigterm(self, *_: Any) -> None:
         self._heard_sigterm = True
 
-    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
-        model = super().call_model_init(trial)
-        self._adopt(model, self.args)
-        if hasattr(self, "_average"):  # another training with this trainer
-            self._average = self._start_average(model)
-        return model
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, Any]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] | None = None,
+        backend: str | HPSearchBackend | None = None,
+        **kwargs: Any,
+    ) -> BestRun | list[BestRun]:
+        """The parent's, for the greatest mean IoU: the parent's own objective is the sum of all metrics.
+
+        Args:
+            hp_space, n_trials, backend, kwargs: see the parent.
+            compute_objective: of the metrics of an evaluation. Default: their `eval_mean_iou`.
+            direction: Default: "maximize", or with `compute_objective` the parent's, "minimize".
+        """
+        if compute_objective is None:
+            compute_objective, direction = itemgetter("eval_mean_iou"), direction or "maximize"
+            backend = backend or default_hp_search_backend()
+            if backend == HPSearchBackend.WANDB:  # it goes by a metric that it is told, not by the objective
+                kwargs.setdefault("metric", "eval/mean_iou")
+        return super().hyperparameter_search(
+            hp_space, compute_objective, n_trials, direction or "minimize", backend, **kwargs
+        )
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """The parent's, which gives a trial's arguments to the network made just before; then what depends on them."""
+        super()._hp_search_setup(trial)
+        if self.model_init is not None:
+            self._adopt(self.model, self.args)
+            self._average = self._start_average(self.model)
+        self._check_padding()
+        weights = weights_of_classes(self.args, self.train_dataset)
+        self.loss_function = build_loss(self.args, weights).to(self.args.device)
 
     def _start_average(self, model: nn.Module) -> AveragedModel | None:
         """The teacher of `teacher="ema"`: averaged weights, and the network's own batch statistics."""
@@ -862,8 +895,6 @@ class _TrainingCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._began, self.trainer._best = time.monotonic(), None
-        # A search has changed the arguments.
-        self.trainer.loss_function = build_loss(args, self.trainer._class_weights).to(args.device)
         self.trainer._labels_checked = False
         if self.trainer._average is not None:
             self.trainer._average.to(args.device)

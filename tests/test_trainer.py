@@ -1,6 +1,9 @@
 import copy
 import json
 import math
+import os
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +25,8 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from transformers.trainer import ALL_HYPERPARAMETER_SEARCH_BACKENDS
+from transformers.trainer_utils import HPSearchBackend
 
 from pals_hf import PALSConfig, PALSLoss, PALSTrainer, SegmentationMetrics, load_segmentation_dataset
 from pals_hf.checkpoints import last_complete_checkpoint
@@ -190,6 +195,22 @@ class TestTraining:
         assert trainer._average is not first
         assert trainer._average.n_averaged == 1
         assert trainer.loss_function.affinity["tau"] == 0.7
+
+    def test_another_training_starts_from_nothing(self, tmp_path):
+        """With its own time and log lines, and what the first one saved is not its own."""
+        args = config(tmp_path, max_steps=2, logging_steps=9, save_strategy="steps", save_steps=2)
+        trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples())
+        steps = []
+        trainer.add_callback(OnStepEnd(lambda: steps.append(trainer._loss_parts["steps"])))
+        trainer.train()
+        (tmp_path / "checkpoint-2").rename(tmp_path / "of the first")
+        trainer._seconds = 1e6
+        args.max_steps, args.save_steps = 4, 9
+        trainer.add_callback(OnStepEnd(lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        trainer.train()
+        assert steps == [1, 2, 1, 2]
+        assert trainer.card_data().seconds < 1e6
+        assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
     def test_labels_outside_the_classes(self, tmp_path):
         examples = Examples()
@@ -581,6 +602,71 @@ class TestEvaluation:
         trainer = PALSTrainer(model := tiny_segformer(), config(tmp_path))
         with pytest.raises(InputError, match="evaluation needs labels"):
             trainer.prediction_step(model, {"pixel_values": torch.randn(1, 3, 32, 32)}, False)
+
+
+class Search:
+    """Stands in for a package that tries arguments: `trials` are theirs."""
+
+    ensure_available = default_hp_space = staticmethod(lambda *_: None)
+
+    def run(self, trainer, trials, direction, **options):
+        seen = []
+        for number, params in enumerate(trials):
+            trainer.train(trial=SimpleNamespace(number=number, params=params))
+            seen.append(self.look(trainer))
+        return direction, trainer.compute_objective, options or seen
+
+    def look(self, trainer):
+        """What a training was made with."""
+        backbone, average, (layer,) = trainer.model.segformer, trainer._average, trainer._tap.layers.values()
+        assert layer is trainer.model.decode_head.classifier
+        kernel = next(p for p in backbone.parameters() if p.ndim == 4 and min(p.shape) > 1)
+        share = [torch.zeros(())]
+        if average is not None:
+            average.multi_avg_fn(share, [torch.ones(())], None)
+        return {
+            "freeze_backbone": not any(parameter.requires_grad for parameter in backbone.parameters()),
+            "channels_last": kernel.is_contiguous(memory_format=torch.channels_last),
+            "affinity_source": "before_dropout" if trainer._tap._dropouts else "classifier_input",
+            "teacher": "live" if average is None else "ema",
+            "ema_decay": 1 - share[0].item(),
+            "class_weighting": "none" if trainer.loss_function.class_weights is None else "inverse",
+        }
+
+
+class TestSearch:
+    @pytest.fixture(autouse=True)
+    def _backend(self, monkeypatch):
+        for backend in HPSearchBackend:
+            monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, backend, Search)
+        monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+
+    def search(self, tmp_path, dataset, trials, backend="optuna", **options):
+        trainer = PALSTrainer(model_init=lambda: tiny_segformer(), args=config(tmp_path), train_dataset=dataset)
+        return trainer.hyperparameter_search(lambda trial: trial.params, n_trials=trials, backend=backend, **options)
+
+    def test_a_trial_has_its_own_arguments(self, folder, tmp_path):
+        """Not those of the one before."""
+        data = load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID]).train
+        examples = TransformedDataset(data, EvalTransform(build_image_processor(None)))
+        one = {"freeze_backbone": True, "affinity_source": "before_dropout", "teacher": "ema", "ema_decay": 0.75}
+        one |= {"class_weighting": "inverse", "channels_last": True}
+        other = {"freeze_backbone": False, "affinity_source": "classifier_input", "teacher": "ema", "ema_decay": 0.5}
+        other |= {"class_weighting": "none", "channels_last": False}
+        live = {**one, "teacher": "live", "ema_decay": 1.0}
+        trials = [one, other, live]
+        assert self.search(tmp_path, examples, trials)[2] == trials
+
+    def test_is_for_the_mean_iou_unless_told(self, tmp_path):
+        metrics = PALSTrainer(tiny_segformer(), config(tmp_path), eval_dataset=Examples()).evaluate()
+        direction, objective, _ = self.search(tmp_path, None, [])
+        assert direction == "maximize"
+        assert objective(metrics) == metrics["eval_mean_iou"]
+        direction, objective, _ = self.search(tmp_path, None, [], compute_objective=lambda m: m["eval_loss"])
+        assert direction == "minimize"
+        assert objective(metrics) == metrics["eval_loss"]
+        assert self.search(tmp_path, None, [], direction=["maximize"])[0] == ["maximize"]
+        assert self.search(tmp_path, None, [], backend="wandb")[2] == {"metric": "eval/mean_iou"}
 
 
 class TestRefuses:
