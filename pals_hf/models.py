@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from httpx2 import HTTPError
+from huggingface_hub import _CACHED_NO_EXIST, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from .errors import InputError, first_line
 from .functional import upsample
@@ -330,18 +334,22 @@ def build_image_processor(name_or_path: str | None, image_size: tuple[int, int] 
 
     Args:
         name_or_path: where the model comes from; its normalisation is kept. Without one, or where the checkpoint
-            has none: SegFormer's, with the ImageNet mean and deviation.
+            is known to have none: SegFormer's, with the ImageNet mean and deviation.
         image_size: (height, width) images are resized to; without it they keep their size. What a checkpoint's own
             processor would do to the size - squash, crop, pad - is switched off.
+
+    Raises:
+        InputError: the checkpoint's image processor cannot be loaded, or cannot do without changing the size.
     """
     processor = SegformerImageProcessor()
     if name_or_path is not None:
-        # OSError: the checkpoint has no preprocessor_config.json.
         try:
             processor = AutoImageProcessor.from_pretrained(name_or_path)
-        except OSError as error:
-            if Path(name_or_path, "preprocessor_config.json").exists():
-                raise InputError(f"cannot load the image processor of {name_or_path!r}: {error}") from error
+        except OSError as error:  # also where there is none
+            if not _has_no_processor(name_or_path):
+                raise InputError(
+                    f"cannot load the image processor of {name_or_path!r}: {first_line(error)}{_remedy(name_or_path)}"
+                ) from error
     processor.do_resize = image_size is not None
     if image_size is not None:
         processor.size = type(processor)(size={"height": image_size[0], "width": image_size[1]}).size
@@ -352,6 +360,26 @@ def build_image_processor(name_or_path: str | None, image_size: tuple[int, int] 
         processor.ensure_multiple_of = 1
     _check_size(processor, image_size)
     return processor
+
+
+def _has_no_processor(name_or_path: str) -> bool:
+    """Whether this is known of a checkpoint, which it is not where the Hub is out of reach or fails."""
+    if Path(name_or_path).is_dir():
+        return not Path(name_or_path, IMAGE_PROCESSOR_NAME).exists()
+    try:
+        if try_to_load_from_cache(name_or_path, IMAGE_PROCESSOR_NAME) is _CACHED_NO_EXIST:
+            return True
+        get_hf_file_metadata(hf_hub_url(name_or_path, IMAGE_PROCESSOR_NAME))
+    except (HTTPError, OSError, ValueError) as error:
+        return isinstance(error, RemoteEntryNotFoundError)
+    return False
+
+
+def _remedy(name_or_path: str) -> str:
+    if Path(name_or_path).is_dir():
+        return ""
+    download = f"`hf download {name_or_path} {IMAGE_PROCESSOR_NAME}`"
+    return f"; where the Hub can be reached, {download} fetches it, or notes that there is none"
 
 
 def _check_size(processor: BaseImageProcessor, image_size: tuple[int, int] | None) -> None:

@@ -45,7 +45,7 @@ def push_and_load_a_model(folder):
     for wanted in (1.0, 2.0):
         network.decode_head.classifier.bias.data.fill_(wanted)
         network.push_to_hub(repo_id, private=True)
-        build_image_processor(None).push_to_hub(repo_id)
+        build_image_processor(repo_id).push_to_hub(repo_id)  # at first there is none
     loaded = AutoModelForSemanticSegmentation.from_pretrained(repo_id)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), network.parameters(), strict=True))
     assert AutoImageProcessor.from_pretrained(repo_id).do_resize is False
@@ -143,6 +143,9 @@ def push_through_faults(folder):
     from conftest import tiny_segformer
     from trained import enliven
 
+    from pals_hf.errors import InputError
+    from pals_hf.models import build_image_processor
+
     network = enliven(tiny_segformer(hidden_sizes=[32, 64, 128, 256], decoder_hidden_size=256, depths=[2, 2, 2, 2]))
     network.save_pretrained(folder / "start")
     run = folder / "run"
@@ -183,6 +186,14 @@ def push_through_faults(folder):
     os.environ["HF_TOKEN"] = token
     (run / "train_results.json").write_text(json.dumps({"token": token}))
     attempt("a token in a file", "maintainer/i")
+    # One that the Hub has, and does not give.
+    inject({"method": "HEAD", "path": "/preprocessor_config", "status": 403, "times": 9})
+    try:
+        build_image_processor("maintainer/c")
+    except InputError as error:
+        results["processor"] = str(error)
+    inject()
+    build_image_processor("maintainer/c")
     return {**results, "sha256": hashlib.sha256(weights).hexdigest()}
 
 

@@ -97,6 +97,7 @@ def test_faults(server, tmp_path):
     results, _ = as_user(server, "push_through_faults", tmp_path)
     assert hub.TOKEN not in json.dumps(results)
     sha256, run = results.pop("sha256"), tmp_path / "run"
+    assert results.pop("processor").startswith("cannot load the image processor of 'maintainer/c': ")
     for what in ("a page for JSON", "500 once", "503", "cut in a large file", "cut while committing"):
         assert results[what]["code"] == 0, results[what]
         repo_id = results[what]["lines"][0].split("/", 3)[3]

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from conftest import NUM_LABELS, tiny_segformer, tiny_upernet
+from huggingface_hub import constants
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -251,6 +252,29 @@ class TestBuildImageProcessor:
     def test_a_checkpoint_without_one(self, tmp_path):
         tiny_segformer().save_pretrained(tmp_path)
         assert isinstance(build_image_processor(str(tmp_path)), SegformerImageProcessor)
+
+    def test_one_that_cannot_be_had_is_not_guessed(self, tmp_path, monkeypatch):
+        """The cache has the network; the Hub, which knows whether there is a processor, is out of reach."""
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        commit, repository = "a" * 40, tmp_path / "models--someone--streets"
+        tiny_segformer().config.save_pretrained(repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+        with pytest.raises(InputError, match="cannot load the image processor of 'someone/streets'") as stop:
+            build_image_processor("someone/streets")
+        assert "`hf download someone/streets preprocessor_config.json`" in str(stop.value)
+        none = repository / ".no_exist" / commit / "preprocessor_config.json"  # as the client notes what it was told
+        none.parent.mkdir(parents=True)
+        none.touch()
+        assert isinstance(build_image_processor("someone/streets"), SegformerImageProcessor)
+        SegformerImageProcessor(image_mean=[0.1, 0.2, 0.3]).save_pretrained(repository / "snapshots" / commit)
+        none.unlink()
+        assert list(build_image_processor("someone/streets").image_mean) == [0.1, 0.2, 0.3]
+
+    @pytest.mark.parametrize("name", ["nobody/nothing", "no/such/folder"])
+    def test_of_nothing(self, name):
+        with pytest.raises(InputError, match=f"cannot load the image processor of '{name}'"):
+            build_image_processor(name)
 
 
 def test_backbone_and_head_share_no_parameter(any_model):
