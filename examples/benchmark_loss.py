@@ -96,8 +96,8 @@ def loss(device: str, classes: int) -> Variants:
     losses = {"PALS, q given": step(PALSLoss(), logits, labels, aggregated=q)}
     cap = PRESETS["default"]["max_affinity_cells"]
     losses["PALS, default"] = step(PALSLoss(max_affinity_cells=cap), logits, labels, features)
-    blurred = PALSLoss(max_affinity_cells=cap, affinity_pooling="both")
-    losses["PALS, pooling both"] = step(blurred, logits, labels, features)
+    sharp = PALSLoss(max_affinity_cells=cap, affinity_pooling="keys")
+    losses["PALS, blocks as keys"] = step(sharp, logits, labels, features)
     for stride in (1, 2, 4):
         losses[f"PALS, stride {stride}"] = step(PALSLoss(affinity_stride=stride), logits, labels, features)
     return {

@@ -4,12 +4,11 @@
     python examples/estimate_cost.py --crop_size 1024 2048 --num_labels 19
     python examples/estimate_cost.py --crop_size 1024 2048 --num_labels 19 --measure
 
-With B images a device, N = cells of the classifier's grid, M = blocks they are compared with (at most
-`max_affinity_cells`), Q = cells at once (4096 on a CPU, 65536 on a GPU), D features, C classes and U label pixels an
-image, in float32:
+With B images a device, N = cells of the classifier's grid, M = blocks that are compared (at most
+`max_affinity_cells`), D features, C classes and U label pixels an image, in float32:
 
-    aggregation   4B(N + 2Q + 5M)D + 3 * 4BNC bytes + 3 MB   4 B N M D / a + B N C / e seconds
-    loss, q given 2 * 4BNC + 6 BU bytes                      B U C / l seconds
+    aggregation   5 * 4BMD + 2.5 * 4BNC bytes + 5 MB    4 B M^2 D / a + B N C / e seconds
+    loss, q given 2 * 4BNC + 6 BU bytes                 B U C / l seconds
     together      the larger of the first and the second with another 4BNC for q; the sum of the times
 
 Half-precision features are brought to float32 first, which adds 4BND bytes. Images count per device: more devices
@@ -31,7 +30,7 @@ import torch
 from benchmark_loss import extra_megabytes, time_side_by_side, warm_up
 
 from pals_hf import PALSLoss
-from pals_hf.functional import QUERIES_AT_ONCE, capped_stride
+from pals_hf.functional import capped_stride
 from pals_hf.losses import PRESETS
 
 PARTS = ("aggregation", "loss, q given", "together")
@@ -57,19 +56,17 @@ class Case:
         stride = capped_stride(1, self.grid, self.max_affinity_cells)
         return math.prod(math.ceil(side / stride) for side in self.grid)
 
-    def megabytes(self, device: str) -> dict[str, float]:
+    def megabytes(self) -> dict[str, float]:
         """By the formula, in the order of PARTS."""
-        cells = math.prod(self.grid)
-        vectors = cells + 2 * min(cells, QUERIES_AT_ONCE[device]) + 5 * self.blocks
-        maps = 4e-6 * self.images * cells * self.num_labels
+        maps = 4e-6 * self.images * math.prod(self.grid) * self.num_labels
+        vectors = 4e-6 * self.images * self.blocks * max(self.features, self.num_labels)
         pixels = 6e-6 * self.images * math.prod(self.crop_size)
-        aggregation = 4e-6 * self.images * vectors * max(self.features, self.num_labels) + 3 * maps + 3
-        loss = 2 * maps + pixels
+        aggregation, loss = 5 * vectors + 2.5 * maps + 5, 2 * maps + pixels
         return dict(zip(PARTS, (aggregation, loss, max(aggregation, loss + maps)), strict=True))
 
     def work(self) -> tuple[float, float, float]:
         """What is divided by the rates a, e and l."""
-        attention = 4 * self.images * math.prod(self.grid) * self.blocks * max(self.features, self.num_labels)
+        attention = 4 * self.images * self.blocks**2 * max(self.features, self.num_labels)
         maps, pixels = (self.images * math.prod(size) * self.num_labels for size in (self.grid, self.crop_size))
         return attention, maps, pixels
 
@@ -97,13 +94,13 @@ def void(_: object) -> None:
 
 
 def measured_rates(device: str, rounds: int) -> list[float]:
-    """a of all pairs of cells of one small image; e and l of images with few blocks, without what a explains."""
+    """a of all pairs of cells of one small image; e and l of images whose blocks are few beside their cells."""
     aggregation, loss, _ = PARTS
     small, large = Case((256, 256), 19, 1, max_affinity_cells=65536), Case((512, 512), 19, 2, max_affinity_cells=64)
     attention = small.work()[0] / time_side_by_side(small.calls(device), device, rounds)[aggregation]
     clocked = time_side_by_side(large.calls(device), device, rounds)
-    compared, maps, pixels = large.work()
-    return [attention, maps / (clocked[aggregation] - compared / attention), pixels / clocked[loss]]
+    _, maps, pixels = large.work()
+    return [attention, maps / clocked[aggregation], pixels / clocked[loss]]
 
 
 def measured_megabytes(case: Case, part: str, args: argparse.Namespace) -> float:
@@ -144,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         end="",
     )
     print(f"{math.prod(case.grid)} cells, {case.blocks} blocks are compared")
-    expected = case.megabytes(args.device)
+    expected = case.megabytes()
     if not args.measure:
         for part in PARTS:
             print(f"{part:15}{expected[part]:8.0f} MB")

@@ -67,7 +67,7 @@ class TargetArguments(DataArguments):
         default=None, metadata={"help": "Compare blocks, no more than this, as in training. Default: all cells."}
     )
     affinity_pooling: str = field(
-        default="keys",
+        default="both",
         metadata={"help": "Whether cells are compared with blocks, or blocks with blocks.", "choices": POOLINGS},
     )
     output_dir: str = field(default=".", metadata={"help": "Folder for targets.json and targets.png."})

@@ -146,7 +146,7 @@ class PALSConfig(TrainingArguments):
         },
     )
     affinity_pooling: str = field(
-        default="keys",
+        default="both",
         metadata={
             "help": "PALS: with a stride, compare every cell with the blocks (`keys`), or blocks with blocks "
             "(`both`), which is cheaper and blurs.",
@@ -157,8 +157,8 @@ class PALSConfig(TrainingArguments):
         default=None,
         metadata={
             "help": _preset_help(
-                "PALS: the stride is raised until there are no more blocks than this: the cost grows with the number "
-                "of cells only, with pooling `both` not at all.",
+                "PALS: the stride is raised until there are no more blocks than this: with pooling `both` a bound on "
+                "the cost.",
                 "max_affinity_cells",
             )
         },

@@ -37,7 +37,7 @@ _EXCLUSION = 30.0
 # Where other cells have less than this share of a cell's affinity beside its own, there are none to average over.
 _NOBODY = 1e-3
 # Queries that are compared at once: on a CPU few, for the memory, on a GPU enough to fill it.
-QUERIES_AT_ONCE = {"cpu": 2**12, "cuda": 2**16}
+_QUERIES_AT_ONCE = {"cpu": 2**12, "cuda": 2**16}
 # Classes that are upsampled at once for the argmax.
 _CLASSES_AT_ONCE = 4
 
@@ -56,7 +56,7 @@ def aggregate_probabilities(
     propagation_weight: float = 1.0,
     anchor_weight: float = 0.0,
     affinity_stride: int = 1,
-    affinity_pooling: str = "keys",
+    affinity_pooling: str = "both",
     max_affinity_cells: int | None = None,
 ) -> Tensor:
     r"""Average the class distributions of all cells of an image, weighted by feature similarity.
@@ -97,8 +97,8 @@ def aggregate_probabilities(
         affinity_pooling: as "keys", so that every cell is compared with the blocks (the cost falls with s^2), or as
             "both" keys and queries (s^4), with q brought back to the grid by bilinear interpolation: cheaper, and
             blurred.
-        max_affinity_cells: the stride is raised until there are no more blocks than this, so that the cost grows
-            with the number of cells only, and with pooling "both" not at all.
+        max_affinity_cells: the stride is raised until there are no more blocks than this, which with pooling "both"
+            bounds the cost.
 
     Returns:
         `(B, C, h, w)` in the dtype of `probabilities`; each cell sums to one.
@@ -191,7 +191,7 @@ def check_affinity(
     propagation_weight: float = 1.0,
     anchor_weight: float = 0.0,
     affinity_stride: int = 1,
-    affinity_pooling: str = "keys",
+    affinity_pooling: str = "both",
     max_affinity_cells: int | None = None,
 ) -> None:
     """Check options of [`aggregate_probabilities`].
@@ -320,7 +320,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, tau: float) -> Tensor
     head_dim = max(keys.shape[2], values.shape[2])
     head_dim += -head_dim % _HEAD_DIM_ALIGNMENT
     keys, heads = _to_head(keys, head_dim), _to_head(values.to(keys.dtype), head_dim)
-    at_once = QUERIES_AT_ONCE.get(keys.device.type, QUERIES_AT_ONCE["cuda"])
+    at_once = _QUERIES_AT_ONCE.get(keys.device.type, _QUERIES_AT_ONCE["cuda"])
     averages = values.new_empty(*queries.shape[:2], values.shape[2], dtype=torch.float32)
     with torch.autocast(keys.device.type, enabled=False):
         for some, average in zip(queries.split(at_once, dim=1), averages.split(at_once, dim=1), strict=True):

@@ -52,7 +52,7 @@ def aggregate(
     propagation_weight=1.0,
     anchor_weight=0.0,
     affinity_stride=1,
-    affinity_pooling="keys",
+    affinity_pooling="both",
 ):
     num_classes, grid = probabilities.shape[1], probabilities.shape[2:]
     queries = F.normalize(features.double(), dim=1)

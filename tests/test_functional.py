@@ -108,23 +108,17 @@ class TestAggregateProbabilities:
             {"propagation_steps": 3, "propagation_weight": 0.6},
             {"propagation_steps": 2, "include_self": False},
             {"affinity_stride": 2},
-            {"affinity_stride": 2, "affinity_pooling": "both"},
-            {
-                "affinity_stride": 4,
-                "affinity_pooling": "both",
-                "pairs": "same_class",
-                "void_keys": False,
-                "include_self": False,
-            },
-            {"affinity_stride": 4, "propagation_steps": 2, "void_keys": False},
-            {"affinity_stride": 2, "pairs": "same_class"},
-            {"affinity_stride": 5, "affinity_pooling": "both", "pairs": "same_class", "void_keys": False},
+            {"affinity_stride": 2, "affinity_pooling": "keys"},
+            {"affinity_stride": 4, "pairs": "same_class", "void_keys": False, "include_self": False},
+            {"affinity_stride": 4, "affinity_pooling": "keys", "propagation_steps": 2, "void_keys": False},
+            {"affinity_stride": 2, "affinity_pooling": "keys", "pairs": "same_class"},
+            {"affinity_stride": 5, "pairs": "same_class", "void_keys": False},
             {"anchor_weight": 1.0},
             {"anchor_weight": 100.0, "propagation_steps": 2},
             {"anchor_weight": 0.01, "include_self": False},
             {"anchor_weight": 10.0, "pairs": "same_class", "include_self": False},
-            {"anchor_weight": 10.0, "affinity_stride": 2, "affinity_pooling": "both"},
-            {"anchor_weight": 10.0, "affinity_stride": 4},
+            {"anchor_weight": 10.0, "affinity_stride": 2},
+            {"anchor_weight": 10.0, "affinity_stride": 4, "affinity_pooling": "keys"},
         ],
         ids=str,
     )
@@ -159,7 +153,7 @@ class TestAggregateProbabilities:
         labels = torch.zeros(1, 6, 9, dtype=torch.int64)
         labels[0, 2, 3] = 1
         f, p = maps(8, batch=1), maps(3, seed=1, batch=1).softmax(dim=1)
-        options = {"pairs": "same_class", "affinity_stride": 3}
+        options = {"pairs": "same_class", "affinity_stride": 3, "affinity_pooling": "keys"}
         q = aggregate_probabilities(f, p, tau=0.3, labels=labels, **options)
         torch.testing.assert_close(q[..., 2, 3], p[..., 2, 3])
         torch.testing.assert_close(q.double(), reference.aggregate(f, p, 0.3, labels, **options), rtol=1e-4, atol=1e-5)
@@ -200,11 +194,13 @@ class TestAggregateProbabilities:
         without = aggregate_probabilities(f, p, tau=0.3, labels=void, anchor_weight=5.0)
         torch.testing.assert_close(without, aggregate_probabilities(f, p, tau=0.3))
 
-    @pytest.mark.parametrize("options", [{}, {"affinity_stride": 2}, {"include_self": False}], ids=str)
+    @pytest.mark.parametrize(
+        "options", [{}, {"affinity_stride": 2, "affinity_pooling": "keys"}, {"include_self": False}], ids=str
+    )
     def test_queries_in_several_parts(self, options, monkeypatch):
         f, p = maps(8), maps(3, seed=1).softmax(dim=1)
         whole = aggregate_probabilities(f, p, tau=0.3, **options)
-        monkeypatch.setitem(functional.QUERIES_AT_ONCE, "cpu", 7)  # of 54
+        monkeypatch.setitem(functional._QUERIES_AT_ONCE, "cpu", 7)  # of 54
         torch.testing.assert_close(aggregate_probabilities(f, p, tau=0.3, **options), whole)
 
     def test_the_cap_raises_the_stride(self):
@@ -224,8 +220,14 @@ class TestAggregateProbabilities:
             ({"max_affinity_cells": 0}, "max_affinity_cells must be at least 1"),
             ({"propagation_steps": 0}, "propagation_steps must be at least 1"),
             ({"propagation_weight": 1.2}, "propagation_weight must lie in"),
-            ({"include_self": False, "affinity_stride": 2}, "include_self=False needs affinity_pooling='both'"),
-            ({"include_self": False, "max_affinity_cells": 9}, "include_self=False needs affinity_pooling='both'"),
+            (
+                {"include_self": False, "affinity_pooling": "keys", "affinity_stride": 2},
+                "include_self=False needs affinity_pooling='both'",
+            ),
+            (
+                {"include_self": False, "affinity_pooling": "keys", "max_affinity_cells": 9},
+                "include_self=False needs affinity_pooling='both'",
+            ),
             ({"pairs": "same_class"}, "needs labels"),
             ({"anchor_weight": 1.0}, "anchor_weight=1.0 needs labels"),
             ({"anchor_weight": -1.0}, "anchor_weight must be a number of at least 0, got -1.0"),
@@ -242,7 +244,7 @@ class TestAggregateProbabilities:
         [
             "",
             "labels=labels, pairs='same_class', include_self=False, void_keys=False, anchor_weight=10.0",
-            "affinity_stride=2, propagation_steps=2",
+            "affinity_stride=2, affinity_pooling='keys', propagation_steps=2",
         ],
     )
     def test_memory_is_linear_in_the_pixels(self, options):

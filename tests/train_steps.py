@@ -33,7 +33,6 @@ LOSSES = {
     "pals, every option": {
         "pairs": "same_class",
         "include_self": False,
-        "affinity_pooling": "both",
         "void_keys": False,
         "teacher": "ema",
         "distill_void": True,

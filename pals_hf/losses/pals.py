@@ -10,8 +10,8 @@ from .base import SegmentationLoss
 
 PRESETS = {
     # A sharp affinity is what makes q better than the prediction (examples/studies/camvid_targets), and a temperature
-    # above 1 costs calibration and gains nothing (examples/studies/camvid_drives). Cells are compared with at most 2048
-    # blocks, so that the cost grows with their number and not with its square: see examples/benchmark_loss.py.
+    # above 1 costs calibration and gains nothing (examples/studies/camvid_drives). At most 2048 blocks are compared,
+    # so that the cost does not grow with the image: see examples/benchmark_loss.py.
     "default": {
         "beta": 0.3,
         "beta_schedule": "constant",
@@ -86,7 +86,7 @@ class PALSLoss(SegmentationLoss):
         propagation_weight: float = 1.0,
         anchor_weight: float = 0.0,
         affinity_stride: int = 1,
-        affinity_pooling: str = "keys",
+        affinity_pooling: str = "both",
         max_affinity_cells: int | None = None,
         distill_void: bool = False,
         class_weights: Sequence[float] | Tensor | None = None,

@@ -17,7 +17,7 @@ VARIANTS = {
         "label smoothing",
         "PALS, q given",
         "PALS, default",
-        "PALS, pooling both",
+        "PALS, blocks as keys",
         *(f"PALS, stride {s}" for s in (1, 2, 4)),
     },
     "step": {

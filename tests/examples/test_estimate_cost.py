@@ -26,7 +26,7 @@ def test_says_what_a_run_needs():
     assert "131072 cells, 2048 blocks" in result.stdout
     megabytes = [float(number) for number in re.findall(r"([\d.]+) MB", result.stdout)]
     assert megabytes == [
-        pytest.approx(value, abs=0.6) for value in estimate_cost.Case((1024, 2048), 150, 1).megabytes("cpu").values()
+        pytest.approx(value, abs=0.6) for value in estimate_cost.Case((1024, 2048), 150, 1).megabytes().values()
     ]
 
 

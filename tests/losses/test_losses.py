@@ -119,8 +119,7 @@ class TestPALS:
     def test_options_reach_the_aggregation_and_the_loss(self, batch):
         logits, labels, features = batch
         options = {"pairs": "same_class", "include_self": False, "void_keys": False, "propagation_steps": 2}
-        options |= {"propagation_weight": 0.7, "anchor_weight": 3.0}
-        options |= {"affinity_stride": 2, "affinity_pooling": "both"}
+        options |= {"propagation_weight": 0.7, "anchor_weight": 3.0, "affinity_stride": 2}
         loss = PALSLoss(beta=0.4, tau=0.5, temperature=2.0, distill_void=True, **options)
         q = reference.aggregate(features, (logits.double() / 2.0).softmax(dim=1), 0.5, labels, **options)
         expected = reference.soft_label_loss(logits, labels, q, 0.4, distill_void=True)
