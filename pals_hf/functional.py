@@ -319,12 +319,12 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, tau: float) -> Tensor
     # Kernels need one head dimension for queries, keys and values, else torch falls back to the N x M matrix.
     head_dim = max(keys.shape[2], values.shape[2])
     head_dim += -head_dim % _HEAD_DIM_ALIGNMENT
-    keys, heads = _to_head(keys, head_dim), _to_head(values.to(keys.dtype), head_dim)
+    keys, padded = _to_head(keys, head_dim), _to_head(values.to(keys.dtype), head_dim)
     at_once = _QUERIES_AT_ONCE.get(keys.device.type, _QUERIES_AT_ONCE["cuda"])
     averages = values.new_empty(*queries.shape[:2], values.shape[2], dtype=torch.float32)
     with torch.autocast(keys.device.type, enabled=False):
         for some, average in zip(queries.split(at_once, dim=1), averages.split(at_once, dim=1), strict=True):
-            attended = F.scaled_dot_product_attention(_to_head(some, head_dim), keys, heads, scale=1.0 / tau)
+            attended = F.scaled_dot_product_attention(_to_head(some, head_dim), keys, padded, scale=1.0 / tau)
             average.copy_(attended[:, 0, :, : values.shape[2]])
     # One already in real numbers; in half precision the rounded weights do not quite sum to it.
     return averages / averages.sum(dim=2, keepdim=True)
