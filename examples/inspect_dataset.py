@@ -30,7 +30,6 @@ from pals_hf.visualize import prediction_sheet
 
 CONSTANT = 4.0  # standard deviation of grey values (0 to 255) below which an image shows next to nothing
 NUM_PICTURES = 6  # rows of inspection.png
-EXIF_ORIENTATION = 0x0112
 
 
 @dataclass

@@ -34,7 +34,7 @@ from pals_hf.errors import InputError
 from pals_hf.functional import POOLINGS, aggregate_probabilities, entropy, upsample
 from pals_hf.inference import load_for_inference
 from pals_hf.metrics import SegmentationMetrics
-from pals_hf.models import ClassifierTap, encoder_features, patch_size_of
+from pals_hf.models import AFFINITY_SOURCES, ClassifierTap, patch_size_of, read_network
 from pals_hf.visualize import heat_map, palette
 
 OWN = "own prediction"
@@ -61,7 +61,7 @@ class TargetArguments(DataArguments):
     )
     sources: list[str] = field(
         default_factory=lambda: ["classifier_input", "logits"],
-        metadata={"help": "What is compared: these, or the `encoder`."},
+        metadata={"help": "What is compared.", "choices": [s for s in AFFINITY_SOURCES if s != "before_dropout"]},
     )
     max_affinity_cells: int | None = field(
         default=None, metadata={"help": "Compare blocks, no more than this, as in training. Default: all cells."}
@@ -108,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         results = inspect(args)
     except InputError as error:
         fail(error)
+    except ValueError as error:  # of the affinity: a tau or a weight that is none
+        fail(InputError(str(error)))
     (Path(args.output_dir) / "targets.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     print_table(results)
     print(f"\nwritten to {args.output_dir}: targets.json, targets.png")
@@ -162,17 +164,11 @@ def read_pairs(args: TargetArguments) -> Iterator[tuple[Image.Image, Image.Image
 @torch.no_grad()
 def read_maps(model, processor, image: Image.Image, sources: list[str]) -> dict[str, torch.Tensor]:
     """Logits and the features of each source, on the classifier's grid."""
-    tap = ClassifierTap(model)
-    inputs = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"].to(model.device)
-    with tap:
-        outputs = model(pixel_values=inputs, output_hidden_states="encoder" in sources)
-    reading = tap.read()
-    maps = {"classifier_input": reading.features, "logits": reading.logits}
-    if "encoder" in sources:
-        size, grid = inputs.shape[2:], reading.logits.shape[2:]
-        maps["encoder"] = encoder_features(outputs.hidden_states, -1, size, grid, patch_size_of(model.config))
-    if unknown := set(sources) - maps.keys():
-        raise InputError(f"sources must be among {', '.join(maps)}, got {min(unknown)!r}")
+    inputs = {"pixel_values": processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]}
+    maps = {}
+    for source in sources:
+        reading, _ = read_network(model, ClassifierTap(model), inputs, source, patch_size=patch_size_of(model.config))
+        maps |= {source: reading.features, "logits": reading.logits}
     return maps
 
 

@@ -35,6 +35,7 @@ from PIL import Image
 from run_seg_pals import OneLineParser, fail
 from tqdm import tqdm
 
+from pals_hf.data.classes import MAX_CLASSES
 from pals_hf.errors import InputError, first_line
 from pals_hf.inference import Prediction, load_for_inference, predict, read_pictures
 from pals_hf.visualize import heat_map, index_picture, overlay
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 RESULTS = "predictions.json"
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
-MAX_CLASSES = 255  # a mask's last value, 255, stands for no label
 
 
 class Picture(NamedTuple):

@@ -16,6 +16,7 @@ from a recipe: `--recipe settings.yaml`; flags on the command line win.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -67,24 +68,16 @@ from pals_hf.errors import InputError, PushError, TrainingError
 from pals_hf.functional import PADDING_INDEX
 from pals_hf.hub import download_checkpoint
 from pals_hf.inference import load_for_inference, predict
-from pals_hf.model_card import CardFacts
+from pals_hf.model_card import PICTURES, CardFacts
 from pals_hf.models import build_image_processor, build_model
 from pals_hf.visualize import prediction_sheet, reliability_diagram, training_curves
 
 SKIPPED = "skipped_samples.json"
 # The flags that decide what the network sees, for its card; others say where things are, or are said in words.
 LEARNED_FROM = (
-    *("void_labels", "image_size", "crop_size", "scale_range", "color_jitter", "rare_crop", "copy_paste"),
-    *(
-        "output_stride",
-        "label_clicks",
-        "label_noise",
-        "tuning_share",
-        "tuning_ids",
-        "validation_share",
-        "validation_seed",
-    ),
-    *("streaming", "skip_bad_samples", "early_stopping_patience"),
+    *("from_scratch", "output_stride", "void_labels", "image_size", "crop_size", "scale_range", "color_jitter"),
+    *("rare_crop", "copy_paste", "label_clicks", "label_noise", "tuning_share", "tuning_ids", "validation_share"),
+    *("validation_seed", "streaming", "skip_bad_samples", "early_stopping_patience"),
 )
 NUM_PICTURES = 6  # rows of predictions.png
 
@@ -365,7 +358,7 @@ def to_argv(flags: dict[str, Any]) -> list[str]:
     argv = []
     for name, value in flags.items():
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        argv += [f"--{name}", *map(str, values)] if value is not None else []
+        argv += [f"--{name}", *map(str, values)] if value is not None and values else []
     return argv
 
 
@@ -461,6 +454,7 @@ def load_data(args: ScriptArguments) -> tuple[SegmentationData | SegmentationStr
         chosen = None if args.train_manifest is None else FractionManifest.load(args.train_manifest)
         return stream_segmentation_dataset(**source_of(args)), chosen
     data = read_data(args, args.skip_bad_samples)
+    every = data.train
     if is_main_process():
         for name, problem in data.skipped.items():
             print(f"skipped {name}: {problem}", file=sys.stderr)
@@ -473,6 +467,9 @@ def load_data(args: ScriptArguments) -> tuple[SegmentationData | SegmentationStr
     record = {"name": data.name, "id2label": data.id2label}
     if args.train_manifest is not None:
         manifest = FractionManifest.load(args.train_manifest, data.train, **record)
+        manifest.refuse_other(
+            args.train_manifest, data.train, every
+        )  # of another run, maybe one without held-out images
     else:
         share = 1.0 if args.train_fraction is None and args.train_count is None else args.train_fraction
         manifest = FractionManifest.draw(
@@ -538,7 +535,7 @@ def card_facts(
         dataset=data.name,
         dataset_id=data.name if data.revision else None,
         dataset_revision=data.revision,
-        dataset_license=data.classes.license if is_stream else data.license,
+        dataset_license=data.license,
         split=split,
         validation_images=None if is_stream else len(data.validation),
         settings={
@@ -581,7 +578,7 @@ def build_streams(
     ids = None if manifest is None else manifest.ids
     skip = {"skip_bad_samples": args.skip_bad_samples}
     return (
-        StreamedDataset(data.train, data.classes, augment, config.seed, shuffle=True, ids=ids, **skip),
+        StreamedDataset(data.train, data.classes, augment, config.seed, shuffle=True, repeat=True, ids=ids, **skip),
         StreamedDataset(data.validation, data.classes, EvalTransform(processor), **skip),
     )
 
@@ -625,12 +622,14 @@ def prepare_output_dir(
     folder = Path(config.output_dir)
     if config.resume_from_checkpoint is not None:
         recorded = Path(config.resume_from_checkpoint) / MANIFEST
-        if recorded.exists() and FractionManifest.load(recorded) != manifest:
+        # The name that it notes is that of a folder, which may be another one now.
+        if recorded.exists() and images_of(FractionManifest.load(recorded)) != images_of(manifest):
             raise InputError(f"{config.resume_from_checkpoint} was trained on other images: see {recorded}")
     if is_main_process():
         refuse_other_history(folder, args, config)  # another run may have been here while the data was loaded
         if not goes_on_in(folder, config):
-            for path in files_of_a_run(folder):
+            described = (folder / name for name in (MANIFEST, SKIPPED, *PICTURES))
+            for path in (*files_of_a_run(folder), *filter(Path.exists, described)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         else:
             discard_after(Path(config.resume_from_checkpoint))
@@ -638,6 +637,10 @@ def prepare_output_dir(
             manifest.save(folder / MANIFEST)
         if not args.streaming and data.skipped:
             (folder / SKIPPED).write_text(json.dumps(data.skipped, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def images_of(manifest: FractionManifest | None) -> tuple[str, list[str]] | None:
+    return None if manifest is None else (manifest.fingerprint, manifest.ids)
 
 
 def train(trainer: PALSTrainer) -> None:
@@ -667,7 +670,7 @@ def report(
         return
     folder = Path(trainer.args.output_dir)
     model, processor = load_finished(checkpoint, data.id2label, trainer.args.device)
-    rows = [(*pair, predict(model, processor, [pair[0]])[0].mask) for pair in some_pairs(data)]
+    rows = [(*pair, predict(model, processor, [pair[0]])[0].mask) for pair in some_pairs(data, trainer.eval_dataset)]
     prediction_sheet(rows, data.id2label, folder / "predictions.png", data.colors)
     if is_matplotlib_available() and trainer.state.log_history:
         training_curves(trainer.state.log_history, folder / "curves.png")
@@ -691,10 +694,13 @@ def push(trainer: PALSTrainer) -> None:
         print(f"pushed: {done.repo_url}", flush=True)
 
 
-def some_pairs(data: SegmentationData | SegmentationStream) -> list[tuple[Image, Image]]:
+def some_pairs(
+    data: SegmentationData | SegmentationStream, scored: TransformedDataset | StreamedDataset
+) -> list[tuple[Image, Image]]:
     """The first validation images and their masks."""
-    if isinstance(data, SegmentationStream):
-        read = (read_pair(row, data.classes) for row in data.validation.take(NUM_PICTURES))
+    if isinstance(scored, StreamedDataset):
+        real = (pending.row for pending in scored if not pending.is_filler)
+        read = (read_pair(row, data.classes) for row in itertools.islice(real, NUM_PICTURES))
         return [(image, fromarray(labels)) for image, labels, _ in read]
     examples = data.validation.select(range(min(NUM_PICTURES, len(data.validation))))
     return [(row["image"], row["labels"]) for row in examples]

@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 from run_seg_pals import fail
 from scipy import stats
-from sweep import read_cells, read_result, reason_of, run_cells, write_whole
+from sweep import read_cells, read_result, reason_of, run_cells
 from tqdm import tqdm
 
 from pals_hf.errors import InputError
+from pals_hf.files import write_whole
 from pals_hf.model_card import Comparison
 
 AXES = ("method", "train_fraction", "pair")
@@ -98,7 +99,7 @@ class Results:
         """A figure of each pair of runs that has it."""
         results = self.cells.get((method, fraction), {})
         found = {pair: read(result["metrics"]) for pair, result in results.items()}
-        return {pair: np.nan if value is None else value for pair, value in found.items() if not np.isnan(value or 0)}
+        return {pair: value for pair, value in found.items() if not np.isnan(value)}
 
     def compare(self, method: str, baseline: str, fraction: str, read: Callable[[dict], float]) -> Difference | None:
         ours, theirs = (self.values(name, fraction, read) for name in (method, baseline))

@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from pals_hf.checkpoints import last_complete_checkpoint
 from pals_hf.errors import InputError
+from pals_hf.files import write_whole
 from pals_hf.model_card import processor_name, versions
 
 
@@ -80,12 +81,12 @@ def read_cells(path: Path) -> list[Cell]:
     cells = []
     for combination in itertools.product(*axes.values()):
         place = {axis: name for axis, (name, _) in zip(axes, combination, strict=True)}
-        flags = dict(common)
+        flags: dict[str, Any] = {}
         for axis, (_, more) in zip(axes, combination, strict=True):
-            if twice := more.keys() & (flags.keys() - common.keys()):
+            if twice := more.keys() & flags.keys():
                 raise InputError(f"recipe {path}: axis {axis} gives {min(twice)}, which another axis gives too")
             flags |= more
-        cells.append(Cell(place, flags))
+        cells.append(Cell(place, {**common, **flags}))
     if bad := next((cell.name for cell in cells if "/" in cell.name), None):
         raise InputError(f"recipe {path}: {bad} is to be a file name, so values of axes must have no slash: name them")
     return cells
@@ -199,13 +200,6 @@ def run_cells(
             yield cell, result
     finally:
         ray.shutdown()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, complete or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def reason_of(error: Exception) -> str:

@@ -524,9 +524,7 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def upsample_argmax(
-    logits: Tensor, size: tuple[int, int], return_confidence: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
+def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """The most likely class of every pixel, as `upsample(logits, size).argmax(dim=1)` gives it, bit for bit.
 
     A few classes at a time, so that full-resolution logits exist nowhere.
@@ -534,10 +532,9 @@ def upsample_argmax(
     Args:
         logits: `(B, C, h, w)`.
         size: (H, W).
-        return_confidence: also return the probability of that class, float32.
 
     Returns:
-        `(B, H, W)`, int64; with `return_confidence` also float32 `(B, H, W)`.
+        `(B, H, W)`, int64.
 
     Example:
         >>> upsample_argmax(torch.tensor([[[[2.0, 0.0]], [[0.0, 1.0]]]]), (1, 4))
@@ -545,23 +542,20 @@ def upsample_argmax(
     """
     best = logits.new_full((logits.shape[0], *size), -torch.inf)
     winner = torch.zeros_like(best, dtype=torch.int64)
-    log_sum = best.clone() if return_confidence else None
     for start in range(0, logits.shape[1], _CLASSES_AT_ONCE):
         maps = upsample(logits[:, start : start + _CLASSES_AT_ONCE], size)
-        if return_confidence:
-            log_sum = torch.logaddexp(log_sum.float(), maps.float().logsumexp(dim=1))
         highest, index = maps.max(dim=1)
         is_better = highest > best  # of equals the first wins, as in argmax
         best = torch.where(is_better, highest, best)
         winner = torch.where(is_better, index + start, winner)
-    return (winner, (best.float() - log_sum).exp()) if return_confidence else winner
+    return winner
 
 
-def entropy(probabilities: Tensor, dim: int = 1) -> Tensor:
-    """Shannon entropy in nats along `dim`; `0 log 0` counts as 0.
+def entropy(probabilities: Tensor) -> Tensor:
+    """Shannon entropy in nats of distributions along the second axis; `0 log 0` counts as 0.
 
     Example:
         >>> float(entropy(torch.tensor([[0.5, 0.5]])).exp())
         2.0
     """
-    return torch.special.entr(probabilities).sum(dim=dim)
+    return torch.special.entr(probabilities).sum(dim=1)

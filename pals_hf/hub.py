@@ -72,7 +72,8 @@ def create_repo(
     folder: str | os.PathLike,
     private: bool | None = None,
     token: str | None = None,
-    later: str | None = None,
+    *,
+    later: str,
 ) -> str:
     """Make sure that there is a model repository to push a run's folder to.
 
@@ -88,7 +89,7 @@ def create_repo(
     Raises:
         PushError: see [`push_folder`].
     """
-    create, later = HfApi(token=token).create_repo, later or push_command(folder, repo_id, private=private)
+    create = HfApi(token=token).create_repo
     return _persistently(
         lambda: create(repo_id, private=private, exist_ok=True), repo_id, folder, token, later
     ).repo_id
@@ -239,7 +240,9 @@ def _what_is_left(folder: Path, later: str) -> str:
         return f"Everything is still in {folder}; push it later with: {later}"
     checkpoint = last_complete_checkpoint(folder)
     if checkpoint is not None:
-        later = later.replace(shlex.quote(str(folder)), shlex.quote(str(checkpoint)), 1)
+        words = shlex.split(later)
+        words[words.index(str(folder))] = str(checkpoint)
+        later = shlex.join(words)
         return f"The last checkpoint is {checkpoint}; push it later with: {later}"
     return f"Nothing was trained: mend that, or train without push_to_hub, and push then with: {later}"
 
@@ -277,7 +280,7 @@ def _reason(error: BaseException, repo_id: str, token: str | None) -> str:
         return "HF_HUB_OFFLINE is set"
     if status == 401:
         return "the Hub does not accept the token (401): log in with `hf auth login`, or set HF_TOKEN"
-    if status == 403:
+    if status == 403 and not isinstance(error, RepositoryNotFoundError):
         return f"the token may not write to {repo_id} (403): it needs the right to write there"
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
         return f"there is no such repository or revision, or the token may not see it ({status})"

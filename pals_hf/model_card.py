@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import POLY, PALSConfig
 from .errors import InputError, first_line
+from .files import write_whole
 from .losses import PRESETS
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ _METRIC_IDS = {"mean_iou": "mean_iou", "mean_accuracy": "accuracy", "overall_acc
 _NO_SETTINGS = re.compile(
     r"output_dir|run_name|project|trackio.*|report_to|disable_tqdm|push_to_hub|hub_.*|resume_from_checkpoint|do_.*|"
     r"log.*|save_.*|eval_(strategy|steps|on_start|delay|accumulation_steps|calibration)|dataloader_.*|ddp_.*|fsdp.*|"
-    r"deepspeed|accelerator_config|use_cpu|local_rank|skip_memory_metrics|overwrite_output_dir"
+    r"deepspeed|accelerator_config|use_cpu|local_rank|skip_memory_metrics"
 )
 _PALS_SETTINGS = ("beta", "beta_schedule", "tau", "temperature", "affinity_source", "pairs", "teacher", "teacher_view")
 _LOSS_SETTINGS = {"pals": _PALS_SETTINGS, "label_smoothing": ("smoothing",), "ce": ()}
@@ -183,9 +184,7 @@ class CardData:
         """Write the card and its data into a folder, each of them complete or not at all."""
         contents = {CARD_DATA: json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", CARD: render(self)}
         for name, content in contents.items():
-            temporary = Path(folder) / f"_{name}.tmp"
-            temporary.write_text(content, encoding="utf-8")
-            temporary.replace(Path(folder) / name)
+            write_whole(Path(folder) / name, content)
 
 
 def pictures_in(folder: str | os.PathLike) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from httpx2 import HTTPError
@@ -184,6 +184,45 @@ def _is_auxiliary(name: str) -> bool:
     return any(part.startswith("aux") for part in name.split("."))
 
 
+def read_network(
+    network: nn.Module,
+    tap: ClassifierTap,
+    inputs: dict[str, Any],
+    source: str | None = None,
+    stage: int = -1,
+    patch_size: int | None = None,
+) -> tuple[Reading, Any]:
+    """Run a network once.
+
+    Args:
+        network: what is called, maybe wrapped.
+        tap: of the network itself; for the source `before_dropout` one that reads there.
+        inputs: `pixel_values` and whatever else its forward pass takes.
+        source: which features, one of [`AFFINITY_SOURCES`]. Default: the classifier's input.
+        stage, patch_size: of the source `encoder`, see [`encoder_features`].
+
+    Returns:
+        What the tap read, with these features, and the network's outputs.
+
+    Raises:
+        InputError: the network does not give its hidden states.
+    """
+    try:
+        with tap:
+            outputs = network(**inputs, **({"output_hidden_states": True} if source == "encoder" else {}))
+    except IndexError as error:  # backbones of timm in transformers
+        if source != "encoder":
+            raise
+        raise InputError("affinity_source 'encoder': this network does not give its hidden states") from error
+    reading = tap.read()
+    if source == "logits":
+        reading = reading._replace(features=reading.logits)
+    elif source == "encoder":
+        size, grid = inputs["pixel_values"].shape[2:], reading.logits.shape[2:]
+        reading = reading._replace(features=encoder_features(outputs.hidden_states, stage, size, grid, patch_size))
+    return reading, outputs
+
+
 def encoder_features(
     hidden_states: tuple[Tensor, ...] | None,
     stage: int,
@@ -291,6 +330,8 @@ def build_model(
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load the model {name_or_path!r}: {first_line(error)}") from error
     config.id2label, config.label2id = id2label, label2id
+    if from_scratch:  # not where the weights are from
+        config.name_or_path, config._commit_hash = "", None
     refuse_unsuitable(config)
     if output_stride is not None:
         if not hasattr(config, "output_stride"):
@@ -302,7 +343,8 @@ def build_model(
         config.use_auxiliary_head = False
     if from_scratch:
         model = AutoModelForSemanticSegmentation.from_config(config, dtype=torch.float32)
-        _start_new_classifier(model, set(model.state_dict()))
+        *_, classifier = ClassifierTap(model).layers  # others may happen to have as many outputs
+        _start_new_classifier(model, {f"{classifier}.weight"})
         return model
     try:
         model, info = AutoModelForSemanticSegmentation.from_pretrained(

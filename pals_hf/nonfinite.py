@@ -18,13 +18,20 @@ def keep_step(folder: Path, batches: list[dict[str, Any]], model: nn.Module | No
 
     Args:
         folder: `batch.safetensors`, `step.json` and, with a model, what its `save_pretrained` writes.
-        batches: micro-batches; their tensors are joined along the first axis.
+        batches: micro-batches; their tensors are joined along the first axis, or called NAME.0, NAME.1, ... where
+            their crops differ in size.
         model: the network, where this process has all of it.
         about: for `step.json`, with the images' ids where the batches have any.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = [name for name, value in batches[0].items() if isinstance(value, Tensor)]
-    tensors = {name: torch.cat([batch[name] for batch in batches]).contiguous() for name in names}
+    tensors = {}
+    for name in names:
+        parts = [batch[name] for batch in batches]
+        if len({part.shape[1:] for part in parts}) == 1:
+            tensors[name] = torch.cat(parts).contiguous()
+        else:
+            tensors |= {f"{name}.{number}": part.contiguous() for number, part in enumerate(parts)}
     save_file(tensors, folder / "batch.safetensors")
     if model is not None:
         model.save_pretrained(folder)

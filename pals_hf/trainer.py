@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from accelerate.utils import broadcast
@@ -48,7 +48,7 @@ from .data import ID, WEAK_VIEW, StreamedDataset, collate
 from .data.balance import class_weights
 from .data.fractions import MANIFEST
 from .errors import InputError, TrainingError, first_line
-from .functional import is_labelled, soft_label_cross_entropy, upsample_argmax
+from .functional import PADDING_INDEX, is_labelled, soft_label_cross_entropy, upsample_argmax
 from .hub import LAST_CHECKPOINT, MODEL_FILES, create_repo, push_command, push_folder, push_in_background
 from .inference import image_logits
 from .losses import CrossEntropyLoss, LabelSmoothingLoss, PALSLoss, SegmentationLoss
@@ -64,7 +64,7 @@ from .model_card import (
     settings,
     versions,
 )
-from .models import ClassifierTap, Reading, backbone_of, encoder_features, patch_size_of
+from .models import ClassifierTap, Reading, backbone_of, patch_size_of, read_network
 from .nonfinite import images_of, keep_step, likely_cause
 
 if TYPE_CHECKING:
@@ -89,12 +89,17 @@ def weights_of_classes(config: PALSConfig, train_dataset: Any) -> list[float] | 
     """The class weights that `config.class_weighting` asks for."""
     if config.class_weighting == "none":
         return None
-    images = getattr(train_dataset, "dataset", None)
+    images = getattr(train_dataset, "dataset", train_dataset)
     if "class_pixels" not in (getattr(images, "column_names", None) or ()):
         raise InputError(
             "class_weighting needs a training set with a column class_pixels, as load_segmentation_dataset gives it"
         )
-    return class_weights([row[:-1] for row in images["class_pixels"]], config.class_weighting)
+    pixels = images.with_format(None)["class_pixels"]  # whatever the images' transform does
+    return class_weights([row[:-1] for row in pixels], config.class_weighting)
+
+
+def _sets_of(eval_dataset: Any) -> list[Any]:
+    return list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
 
 
 class PALSTrainer(Trainer):
@@ -133,7 +138,6 @@ class PALSTrainer(Trainer):
         InputError: the model is not for PALS, or `compute_loss_func` or `compute_metrics` is given.
     """
 
-    _tag_names: ClassVar[list[str]] = ["pals"]
     loss_is_scaled_for_ga = True  # by the pixel count of the whole batch, see compute_loss
 
     def __init__(
@@ -141,6 +145,10 @@ class PALSTrainer(Trainer):
         model: PreTrainedModel | None = None,
         args: PALSConfig | None = None,
         data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
         card_facts: CardFacts | None = None,
         **kwargs: Any,
     ):
@@ -162,11 +170,12 @@ class PALSTrainer(Trainer):
         self._best: tuple[int, float] | None = None  # step and epoch of the weights, if they are those of the best
         self._on_their_way: list[tuple[Future, Path]] = []  # what is being pushed from where
         self._seconds, self._began = 0.0, None  # of training, before this start of the loop, and when it started
-        weights = weights_of_classes(args, kwargs.get("train_dataset"))
-        if any(isinstance(kwargs.get(name), StreamedDataset) for name in ("train_dataset", "eval_dataset")):
+        weights = weights_of_classes(args, train_dataset)
+        if any(isinstance(data, StreamedDataset) for data in (train_dataset, *_sets_of(eval_dataset))):
             # Each process reads the stream and decodes its own part; else one would decode for all of them.
             args.accelerator_config.dispatch_batches = False
-        super().__init__(model, args, data_collator=data_collator or partial(collate, with_ids=True), **kwargs)
+        data_collator = data_collator or partial(collate, with_ids=True)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         if model is None:
             self._adopt(self.model, args)
         if self.is_fsdp_enabled:
@@ -183,6 +192,7 @@ class PALSTrainer(Trainer):
         self._heard_sigterm = self.terminated = False
         self._average = self._start_average(self.model)
         self._check_padding()
+        self._check_sets()
         self.add_callback(_TrainingCallback(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -251,6 +261,19 @@ class PALSTrainer(Trainer):
                 "distill_void would learn from padding: use TrainTransform(..., padding_index=PADDING_INDEX)"
             )
 
+    def _check_sets(self) -> None:
+        if isinstance(self.train_dataset, StreamedDataset) and not self.train_dataset.repeat:
+            raise InputError("a stream to train on must begin again at its end: use StreamedDataset(..., repeat=True)")
+        if any(isinstance(data, StreamedDataset) and data.repeat for data in _sets_of(self.eval_dataset)):
+            raise InputError("a stream to evaluate on must end: use StreamedDataset(..., repeat=False)")
+        metric = self.args.metric_for_best_model
+        if isinstance(self.eval_dataset, dict) and self.args.eval_strategy != "no" and metric is not None:
+            of_one = [f"{name}_{metric.removeprefix('eval_')}" for name in self.eval_dataset]
+            if not metric.removeprefix("eval_").startswith(tuple(f"{name}_" for name in self.eval_dataset)):
+                raise InputError(
+                    f"metric_for_best_model must be of one evaluation set, like {of_one[0]}, or None: got {metric}"
+                )
+
     def _adopt(self, model: PreTrainedModel, args: PALSConfig) -> None:
         self._tap = ClassifierTap(model, before_dropout=args.affinity_source == "before_dropout")
         if args.freeze_backbone:
@@ -293,22 +316,7 @@ class PALSTrainer(Trainer):
         """Run a network; what its tap read, with the features that `args.affinity_source` names."""
         source = self.args.affinity_source if isinstance(self.loss_function, PALSLoss) else None
         inputs = {name: value for name, value in inputs.items() if name not in ("labels", WEAK_VIEW, ID)}
-        try:
-            with tap:
-                outputs = model(**inputs, **({"output_hidden_states": True} if source == "encoder" else {}))
-        except IndexError as error:  # backbones of timm in transformers
-            if source != "encoder":
-                raise
-            raise InputError("affinity_source='encoder': this network does not give its hidden states") from error
-        reading = tap.read()
-        if source == "logits":
-            reading = reading._replace(features=reading.logits)
-        elif source == "encoder":
-            size, grid = inputs["pixel_values"].shape[2:], reading.logits.shape[2:]
-            patch_size = patch_size_of(self.model.config)
-            features = encoder_features(outputs.hidden_states, self.args.encoder_stage, size, grid, patch_size)
-            reading = reading._replace(features=features)
-        return reading, outputs
+        return read_network(model, tap, inputs, source, self.args.encoder_stage, patch_size_of(self.model.config))
 
     @property
     def _has_own_teacher(self) -> bool:
@@ -695,7 +703,7 @@ class PALSTrainer(Trainer):
             revision=self.args.hub_revision,
             license=self.card_facts.license,
         )
-        self.hub_model_id = create_repo(name, self.args.output_dir, private, token or self.args.hub_token, later)
+        self.hub_model_id = create_repo(name, self.args.output_dir, private, token or self.args.hub_token, later=later)
         self.push_in_progress = None
 
     def push_to_hub(
@@ -796,6 +804,8 @@ class PALSTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The parent's, with a stream completed so that every process scores as many images, each of them once."""
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(chosen, str):
+            chosen = self.eval_dataset[chosen]
         if isinstance(chosen, StreamedDataset):
             chosen.complete_to(self.args.eval_batch_size * self.args.world_size)
         return super().get_eval_dataloader(eval_dataset)
@@ -841,6 +851,7 @@ class PALSTrainer(Trainer):
         with torch.no_grad():
             for logits, labels in zip(self._logits_of(model, inputs["pixel_values"]), inputs["labels"], strict=True):
                 logits, ignore_index = logits[None].float(), self.args.ignore_index
+                labels = labels.masked_fill(labels == PADDING_INDEX, ignore_index)
                 predictions = upsample_argmax(logits, labels.shape)[0]
                 counts.append(confusion_matrix(predictions, labels, self.metrics.num_labels, ignore_index))
                 losses.append(soft_label_cross_entropy(logits, labels[None], ignore_index=ignore_index, num_items=1))

@@ -31,6 +31,7 @@ from pals_hf.checkpoints import (
 from pals_hf.data import EvalTransform, TrainTransform, TransformedDataset
 from pals_hf.errors import InputError, TrainingError
 from pals_hf.models import build_image_processor
+from pals_hf.nonfinite import keep_step
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
 # Every evaluation gives the same, so that the first is the best.
@@ -377,6 +378,12 @@ class TestNonFinite:
         assert (about["step"], about["images"]) == (step, ["image-5"])
         again = PALSTrainer(AutoModelForSemanticSegmentation.from_pretrained(folder), config(tmp_path / "again"))
         assert again.compute_loss(again.model, batch).isnan()
+
+    def test_batches_of_several_sizes(self, tmp_path):
+        batches = [{"pixel_values": torch.full((1, 3, 8, width), float("nan"))} for width in (8, 16)]
+        keep_step(tmp_path, batches, None, {})
+        kept = load_file(tmp_path / "batch.safetensors")
+        assert {name: part.shape[-1] for name, part in kept.items()} == {"pixel_values.0": 8, "pixel_values.1": 16}
 
     def test_gradient(self, tmp_path):
         """It would make every weight NaN, and the next checkpoint worthless."""

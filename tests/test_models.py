@@ -213,6 +213,19 @@ class TestBuildModel:
         pairs = zip(first.parameters(), second.parameters(), strict=True)
         assert not all(torch.equal(one, other) for one, other in pairs)  # drawn, not loaded
 
+    def test_from_scratch_draws_a_classifier_and_nothing_else_anew(self, tmp_path):
+        """A backbone whose layers happen to have as many outputs keeps the initialisation of its architecture."""
+        tiny_segformer(initializer_range=0.001).config.save_pretrained(tmp_path)
+        model = build_model(str(tmp_path), dict(enumerate("abcdefgh")), from_scratch=True)
+        spread = {name: layer.weight.std() for name, layer in ClassifierTap(model).layers.items()}
+        assert len(spread) > 1
+        assert [name for name, deviation in spread.items() if deviation > 0.01] == ["decode_head.classifier"]
+
+    def test_from_scratch_forgets_where_the_architecture_is_from(self, tmp_path):
+        tiny_segformer().save_pretrained(tmp_path)
+        assert build_model(str(tmp_path), NAMES).config.name_or_path == str(tmp_path)
+        assert build_model(str(tmp_path), NAMES, from_scratch=True).config.name_or_path == ""
+
     def test_builds_without_auxiliary_heads(self, tmp_path):
         tiny_upernet(use_auxiliary_head=True, auxiliary_channels=8, auxiliary_in_channels=16).save_pretrained(tmp_path)
         assert build_model(str(tmp_path), NAMES).auxiliary_head is None

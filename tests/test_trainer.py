@@ -318,6 +318,8 @@ class TestTraining:
         assert norms[1] == pytest.approx(norms[0], rel=1e-5)
         expected = class_weights([row[:-1] for row in data["class_pixels"]], "inverse")
         assert trainer.loss_function.class_weights.tolist() == pytest.approx(expected)
+        plain = PALSTrainer(tiny_segformer(), args, train_dataset=data.with_transform(lambda rows: 1 / 0))
+        assert plain.loss_function.class_weights.tolist() == pytest.approx(expected)
         with pytest.raises(InputError, match="class_weighting needs a training set with a column class_pixels"):
             PALSTrainer(tiny_segformer(), args, train_dataset=Examples())
 
@@ -597,6 +599,26 @@ class TestEvaluation:
         results = trainer.evaluate()
         assert {"eval_a_mean_iou", "eval_b_mean_iou", "eval_a_loss", "eval_b_loss"} <= results.keys()
         assert trainer.metrics.counts.sum() == (Examples(4).labels != 255).sum()
+
+    def test_several_evaluation_sets_while_training(self, tmp_path):
+        """Of which one must be named to find the best checkpoint."""
+        sets = {"a": Examples(1), "b": Examples(4)}
+        args = config(tmp_path, eval_strategy="steps", eval_steps=1)
+        with pytest.raises(InputError, match="of one evaluation set, like a_mean_iou, or None: got mean_iou"):
+            PALSTrainer(tiny_segformer(), args, train_dataset=Examples(), eval_dataset=sets)
+        args.metric_for_best_model = "b_mean_iou"
+        trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples(), eval_dataset=sets)
+        trainer.train()
+        assert trainer.state.best_metric == logged(trainer, "eval_b_mean_iou")[0]
+
+    def test_on_a_training_set_with_padding(self, tmp_path):
+        """What a crop adds around an image is not scored."""
+        padded, void = Examples(), Examples()
+        padded.labels[:, :, 40:], void.labels[:, :, 40:] = PADDING_INDEX, 255
+        trainer = PALSTrainer(tiny_segformer(), config(tmp_path, eval_calibration=True))
+        scores = [trainer.evaluate(examples) for examples in (padded, void)]
+        for name in ("eval_mean_iou", "eval_loss", "eval_ece"):
+            assert scores[0][name] == scores[1][name]
 
     def test_needs_labels(self, tmp_path):
         trainer = PALSTrainer(model := tiny_segformer(), config(tmp_path))

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 from datasets import Dataset, Features, Image, Sequence, Value, concatenate_datasets
+from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
-from PIL import ImageOps
 
 from ..errors import InputError, first_line
 from .classes import Classes
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 _FORMAT = 2  # of what is stored: raise it when that changes
-_EXIF_ORIENTATION = 0x0112
 _QUARTER_TURNS = {5, 6, 7, 8}  # orientations that swap width and height
 _FOUND = Features(
     {
@@ -181,12 +180,12 @@ def _turn_alike(labels: np.ndarray, mask: Picture, image: Picture) -> np.ndarray
     A mask with a note of its own follows it. One without, as large as the stored image and not as the shown one, was
     drawn on the stored image and is turned with it. Where the size does not tell, it was drawn on what was shown.
     """
-    orientation = mask.getexif().get(_EXIF_ORIENTATION)
+    orientation = mask.getexif().get(ExifTags.Base.Orientation)
     if orientation is None and mask.size == image.size and image.width != image.height:
-        noted = image.getexif().get(_EXIF_ORIENTATION)
+        noted = image.getexif().get(ExifTags.Base.Orientation)
         orientation = noted if noted in _QUARTER_TURNS else None
     if orientation is None:
         return labels
     picture = PILImage.fromarray(labels)
-    picture.getexif()[_EXIF_ORIENTATION] = orientation
+    picture.getexif()[ExifTags.Base.Orientation] = orientation
     return np.asarray(ImageOps.exif_transpose(picture))

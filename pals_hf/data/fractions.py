@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import InputError
+from ..files import write_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -243,9 +244,19 @@ class FractionManifest:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the manifest as JSON, complete or not at all."""
-        temporary = Path(f"{path}.tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_whole(Path(path), json.dumps(asdict(self), indent=2) + "\n")
+
+    def refuse_other(self, path: str | os.PathLike, *pools: Dataset) -> None:
+        """Make sure that the manifest, read from `path`, was drawn from one of these sets of images.
+
+        Raises:
+            InputError: their ids or contents are others, so that the record would be of images that are not these.
+        """
+        if self.fingerprint not in map(fingerprint, pools):
+            raise InputError(
+                f"{path} was drawn from other images, {self.available} of {self.dataset or 'a data set'}: their ids "
+                "or contents differ from these. To train on images of the same names give a text file of these"
+            )
 
     def select(self, dataset: Dataset) -> Dataset:
         """The images of the manifest, in the order of the data set.

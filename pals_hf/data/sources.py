@@ -19,6 +19,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from httpx2 import HTTPError
 
 from ..errors import InputError, first_line
 from . import synthetic
@@ -181,6 +182,10 @@ class SegmentationStream:
     @property
     def colors(self) -> tuple[Color, ...] | None:
         return self.classes.colors
+
+    @property
+    def license(self) -> str | None:
+        return self.classes.license
 
 
 def stream_segmentation_dataset(
@@ -368,11 +373,14 @@ def _rename_stream(split: IterableDataset, name: str, image_column: str, label_c
 def _names_on_hub(dataset_name: str) -> Path:
     """The class names that travel with a data set on the Hub."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
         return Path(hf_hub_download(dataset_name, "id2label.json", repo_type="dataset"))
-    except Exception as error:
-        raise InputError(f"{dataset_name} has no id2label.json: give the class names by id2label") from error
+    except Exception as error:  # the client has no base of its own for them
+        is_missing = isinstance(error, RemoteEntryNotFoundError)
+        why = "has no id2label.json" if is_missing else f"gives no id2label.json ({first_line(error)})"
+        raise InputError(f"{dataset_name} {why}: give the class names by id2label") from error
 
 
 def _license_on_hub(dataset_name: str) -> str | None:
@@ -390,7 +398,10 @@ def _revision_on_hub(dataset_name: str, split: Dataset | IterableDataset) -> str
     from huggingface_hub import HfApi
 
     if isinstance(split, IterableDataset):
-        return HfApi().dataset_info(dataset_name).sha
+        try:
+            return HfApi().dataset_info(dataset_name).sha
+        except (HTTPError, OSError):  # the data came, but the Hub does not say which
+            return None
     folders = [Path(file["filename"]).parent.name for file in split.cache_files]
     return next((name for name in folders if re.fullmatch("[0-9a-f]{40}", name)), None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ class StreamedDataset(IterableDataset):
         transform: called as `transform(image, labels)`, seeded by (seed, epoch, id).
         seed: seed of the transform and of the order.
         shuffle: mix the order, anew in every epoch, in a buffer of some hundred images.
+        repeat: begin the next epoch at the end of one, for training: a trainer knows the epochs of a stream neither
+            when it resumes nor when it accumulates batches. So to `Trainer` the run is a single one.
         ids: keep only these.
         skip_bad_samples: leave out what is wrong instead of raising `InputError`. Every process decodes every image
             then, because all must agree on the order.
@@ -48,10 +51,11 @@ class StreamedDataset(IterableDataset):
         transform: Callable[[Image, Image], dict[str, Tensor]],
         seed: int = 0,
         shuffle: bool = False,
+        repeat: bool = False,
         ids: list[str] | None = None,
         skip_bad_samples: bool = False,
     ):
-        self.stream = stream.shuffle(seed, buffer_size=SHUFFLE_BUFFER) if shuffle else stream
+        self.stream, self.shuffle, self.repeat = stream, shuffle, repeat
         self.classes, self.transform, self.seed = classes, transform, seed
         self.ids = None if ids is None else frozenset(ids)
         self.skip_bad_samples = skip_bad_samples
@@ -62,7 +66,6 @@ class StreamedDataset(IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Announce the epoch: another epoch has another order and sees other crops."""
         self._epoch.fill_(epoch)
-        self.stream.set_epoch(epoch)
 
     def complete_to(self, multiple_of: int) -> None:
         """Have the stream of each worker end with examples without labels, up to a multiple of this.
@@ -72,17 +75,24 @@ class StreamedDataset(IterableDataset):
         self.multiple_of = multiple_of
 
     def __iter__(self) -> Iterator[PendingExample]:
-        count, pending = 0, None
-        for row in self._wanted():
-            count += 1
-            pending = PendingExample(self, row)
-            yield pending
+        for epoch in itertools.count(int(self._epoch)):
+            count, pending = 0, None
+            for row in self._wanted(epoch):
+                count += 1
+                pending = PendingExample(self, row, epoch)
+                yield pending
+            if pending is None or not self.repeat:
+                break
         while pending is not None and count % self.multiple_of:
             count += 1
-            yield PendingExample(self, pending.row, is_filler=True)
+            yield PendingExample(self, pending.row, epoch, is_filler=True)
 
-    def _wanted(self) -> Iterator[dict[str, Any]]:
-        for row in self.stream:
+    def _wanted(self, epoch: int) -> Iterator[dict[str, Any]]:
+        stream = self.stream
+        if self.shuffle:  # not by its own set_epoch: workers may be in different epochs
+            generator = np.random.default_rng([self.seed, epoch])
+            stream = stream.shuffle(generator=generator, buffer_size=SHUFFLE_BUFFER)
+        for row in stream:
             if self.ids is not None and row["id"] not in self.ids:
                 continue
             if self.skip_bad_samples:
@@ -92,19 +102,19 @@ class StreamedDataset(IterableDataset):
                     continue
             yield row
 
-    def load(self, row: dict[str, Any], is_filler: bool) -> dict[str, Tensor | str]:
+    def load(self, row: dict[str, Any], epoch: int, is_filler: bool) -> dict[str, Tensor | str]:
         """Decode, check and transform one example."""
         image, labels, _ = read_pair(row, self.classes)
         labels = PILImage.fromarray(np.full_like(labels, IGNORE_INDEX) if is_filler else labels)
-        with seeded(self.seed, int(self._epoch), row["id"]):
+        with seeded(self.seed, epoch, row["id"]):
             return {**self.transform(image, labels), ID: row["id"]}
 
 
 class PendingExample:
     """An example of a stream that has not been decoded yet."""
 
-    def __init__(self, dataset: StreamedDataset, row: dict[str, Any], is_filler: bool = False):
-        self.dataset, self.row, self.is_filler = dataset, row, is_filler
+    def __init__(self, dataset: StreamedDataset, row: dict[str, Any], epoch: int, is_filler: bool = False):
+        self.dataset, self.row, self.epoch, self.is_filler = dataset, row, epoch, is_filler
 
     def load(self) -> dict[str, Tensor | str]:
-        return self.dataset.load(self.row, self.is_filler)
+        return self.dataset.load(self.row, self.epoch, self.is_filler)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..functional import soft_label_cross_entropy
@@ -51,7 +52,7 @@ class LabelSmoothingLoss(SegmentationLoss):
         features: Tensor | None = None,
         num_items: Tensor | int | None = None,
     ) -> Tensor:
-        uniform = logits.new_full((), 1.0 / logits.shape[1]).expand_as(logits)
+        uniform = logits.new_full((), 1.0 / logits.shape[1], dtype=torch.float32).expand_as(logits)
         loss, parts = soft_label_cross_entropy(
             logits,
             labels,

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import RAW_VOID, tiny_segformer
+from test_trainer import NO_RANDOMNESS
 from torch.utils.data import DataLoader
 
 from pals_hf import PALSConfig, PALSTrainer
@@ -130,3 +131,45 @@ def test_evaluation_scores_each_image_once(folder, stream, tmp_path, batch_size)
     for name in ("eval_mean_iou", "eval_overall_accuracy", "eval_per_category_iou"):
         assert results[0][name] == results[1][name]
     assert results[0]["eval_loss"] == pytest.approx(results[1]["eval_loss"])
+
+
+class TestTraining:
+    """Eight images: an epoch of four batches of two."""
+
+    def trainer(self, stream, output, **options):
+        torch.manual_seed(0)
+        transform = TrainTransform(build_image_processor(None), (32, 32))
+        args = {"max_steps": 7, "per_device_train_batch_size": 2, "logging_steps": 1, "eval_strategy": "no"}
+        args |= {"save_strategy": "no", "freeze_batch_norm": True, "disable_tqdm": True, "optim": "sgd", **options}
+        examples = streamed(stream, transform=transform, shuffle=True, repeat=True)
+        return PALSTrainer(tiny_segformer(**NO_RANDOMNESS), PALSConfig(str(output), **args), train_dataset=examples)
+
+    def test_resumes_in_the_epoch_where_it_stopped(self, stream, tmp_path):
+        whole = self.trainer(stream, tmp_path / "whole", save_strategy="steps", save_steps=1, save_total_limit=None)
+        whole.train()
+        for step in (3, 4, 6):
+            resumed = self.trainer(stream, tmp_path / "resumed")
+            resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+            weights = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+            assert all(torch.equal(one, other) for one, other in weights), step
+
+    def test_a_batch_is_as_large_at_the_end_of_an_epoch(self, stream, tmp_path):
+        """Accumulated from three batches of two, or one of six: eight images are no multiple of six."""
+        cut = self.trainer(stream, tmp_path, gradient_accumulation_steps=3)
+        whole = self.trainer(stream, tmp_path, per_device_train_batch_size=6)
+        for trainer in (cut, whole):
+            trainer.train()
+        for name in ("loss", "grad_norm"):
+            values = [[entry[name] for entry in t.state.log_history if name in entry] for t in (cut, whole)]
+            assert len(values[0]) == 7
+            assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+    def test_training_needs_a_stream_that_begins_again_and_evaluation_one_that_ends(self, stream, tmp_path):
+        args = PALSConfig(str(tmp_path), max_steps=1, eval_strategy="no")
+        with pytest.raises(InputError, match=r"must begin again at its end: use StreamedDataset\(\.\.\., repeat=True"):
+            PALSTrainer(tiny_segformer(), args, train_dataset=streamed(stream))
+        with pytest.raises(InputError, match=r"must end: use StreamedDataset\(\.\.\., repeat=False"):
+            PALSTrainer(tiny_segformer(), args, eval_dataset=streamed(stream, repeat=True))
+
+    def test_of_nothing_ends(self, stream):
+        assert ids_of(streamed(stream, ids=["elsewhere"], repeat=True)) == []

@@ -107,8 +107,9 @@ def test_wrong_input(folder, model, tmp_path):
         (["--dataset_dir", folder], "model is missing"),
         (
             ["--dataset_dir", folder, "--void_labels", "11", "--model", model, "--sources", "x"],
-            "sources must be among",
+            "--sources: invalid choice: 'x'",
         ),
+        (["--dataset_dir", folder, "--void_labels", "11", "--model", model, "--taus", "0"], "tau must be positive"),
     ):
         result = call(inspect_targets.main, *flags, "--output_dir", tmp_path)
         assert (result.returncode, said in result.stderr) == (2, True), result.stderr

@@ -1,6 +1,7 @@
 """The program, as users start it: on real files, through the real launcher, on one process and on two."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,9 +148,11 @@ class TestFolder:
         output = tmp_path / "run"
         (output / "checkpoint-7").mkdir(parents=True)
         (output / "notes.txt").write_text("mine")
+        (output / "reliability.png").write_bytes(b"of the old run")
         run_seg_pals.main(on_folder(folder, output, "--overwrite", "--save_strategy", "no", *SHORT))
         assert not (output / "checkpoint-7").exists()
         assert (output / "notes.txt").read_text() == "mine"
+        assert not (output / "reliability.png").exists()
         assert (output / "model.safetensors").exists()
 
     def test_manifest_of_another_run(self, folder, tmp_path):
@@ -159,6 +162,24 @@ class TestFolder:
         output = tmp_path / "run"
         run_seg_pals.main(on_folder(folder, output, "--train_manifest", str(manifest), *SHORT))
         assert read(output / "train_fraction.json") == read(manifest)
+
+    def test_manifest_of_other_data(self, folder, tmp_path, capsys):
+        """Images of the same names do not do: what a run notes is what it was trained on."""
+        flags = on_folder(folder, tmp_path / "run", "--train_manifest", str(tmp_path / "published.json"), *SHORT)
+        data = load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID])
+        FractionManifest.draw(data.train, 0.3, name="of before").save(tmp_path / "published.json")
+        shutil.copy(folder / "train" / "masks" / "street 0.png", folder / "train" / "masks" / "street 1.png")
+        with pytest.raises(SystemExit):
+            run_seg_pals.main(flags)
+        assert "published.json was drawn from other images, 8 of of before" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+    def test_goes_on_where_the_data_lies_in_a_folder_of_another_name(self, folder, tmp_path):
+        run_seg_pals.main(on_folder(folder, tmp_path / "run", "--train_fraction", "0.5", "--save_steps", "1", *SHORT))
+        moved = folder.rename(folder.with_name("moved"))
+        start = on_folder(moved, tmp_path / "run", "--train_fraction", "0.5", "--save_steps", "1", *SHORT)
+        run_seg_pals.main([*start, "--max_steps", "3", "--resume_from_checkpoint", "last"])
+        assert read(tmp_path / "run" / "trainer_state.json")["global_step"] == 3
 
     def test_published_list(self, folder, tmp_path):
         published, output = tmp_path / "labeled.txt", tmp_path / "run"
@@ -326,6 +347,15 @@ class TestTwoProcesses:
         for name in ("eval_mean_iou", "eval_mean_accuracy", "eval_overall_accuracy", "eval_per_category_iou"):
             assert streamed[name] == loaded[name]
 
+    def test_a_stream_without_its_bad_samples(self, folder, tmp_path):
+        """Also where pictures of the predictions are drawn."""
+        first = min((folder / "val" / "images").iterdir())
+        first.write_bytes(b"")
+        flags = ["--streaming", "--skip_bad_samples", "--crop_size", "32", "32", *SHORT]
+        run_seg_pals.main(on_folder(folder, tmp_path / "run", *flags))
+        assert (tmp_path / "run" / "predictions.png").exists()
+        assert read(tmp_path / "run" / "model_card.json")["settings"]["skip_bad_samples"] is True
+
 
 class TestWrongInput:
     """One line that names what is wrong, exit code 2, no traceback, nothing written."""
@@ -412,6 +442,7 @@ class TestWrongInput:
             ("- 1", ["recipe.yaml", "flags and their values"]),
             ("a: [", ["recipe.yaml", "cannot be read"]),
             ("image_size: 32", ["image_size"]),
+            ("void_labels: []\nbeta: 7", ["beta must lie in"]),
             ("smoothing: [0.1, 0.2]", ["0.2"]),
             ("loss: dice", ["--loss", "dice"]),
         ],

@@ -61,6 +61,10 @@ def test_cells(folder):
         ("grid: {seed: 3}", "axis seed must be a list"),
         ("grid: {seed: []}", "axis seed must be a list"),
         ("grid: {a: {x: {beta: 1}}, beta: [0.1]}", "axis beta gives beta, which another axis gives too"),
+        (
+            "common: {beta: 2}\ngrid: {a: {x: {beta: 1}}, beta: [0.1]}",
+            "axis beta gives beta, which another axis gives",
+        ),
         ("grid: {dataset_dir: [a/b]}", "must have no slash"),
         ("grid: [", "cannot be read"),
     ],
