@@ -20,6 +20,7 @@ import publish_checkpoints  # noqa: E402
 import run_seg_pals  # noqa: E402
 import sweep  # noqa: E402
 
+from pals_hf.files import write_whole  # noqa: E402
 from pals_hf.model_card import CARD, CARD_DATA, CardData, render  # noqa: E402
 
 FLAGS = {
@@ -47,7 +48,7 @@ def studied(tmp_path_factory):
         run = folder / "runs" / cell.name
         run_seg_pals.main([*sweep.to_argv(cell.flags), "--output_dir", str(run), "--disable_tqdm", "True"])
         metrics = json.loads((run / "eval_results.json").read_text())
-        sweep.write_whole(sweep.result_path(folder, cell), json.dumps({"flags": cell.flags, "metrics": metrics}))
+        write_whole(sweep.result_path(folder, cell), json.dumps({"flags": cell.flags, "metrics": metrics}))
     return folder
 
 
