@@ -186,6 +186,13 @@ class PALSConfig(TrainingArguments):
         default=False,
         metadata={"help": "PALS: pixels without a label learn from the aggregated distribution, for sparse labels."},
     )
+    adaptive_beta: bool = field(
+        default=False,
+        metadata={
+            "help": "PALS: a pixel's beta is `beta` times what the aggregated distribution gives its label, so that a "
+            "label which that contradicts is not softened. Not in the paper."
+        },
+    )
     smoothing: float = field(
         default=0.1, metadata={"help": "`label_smoothing`: mass spread evenly over all classes, 0 to 1."}
     )

@@ -366,6 +366,7 @@ def soft_label_cross_entropy(
     return_parts: bool = False,
     *,
     distill_void: bool = False,
+    adaptive_beta: bool = False,
     class_weights: Tensor | None = None,
     fused: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -385,6 +386,9 @@ def soft_label_cross_entropy(
 
     Each set has its own mean, or a few labelled points would drown in the rest of the image.
 
+    With `adaptive_beta` a pixel's own $\beta_u = \beta\,\mathrm{up}(q)_{u y_u}$ takes the place of $\beta$ in its soft
+    label: a label that q contradicts stays as it is, and one that it agrees with is softened. Void pixels keep beta.
+
     With `class_weights` w the first mean is a weighted one, `sum_u w_{y_u} (...) / sum_u w_{y_u}`, as in
     `F.cross_entropy(weight=w)`.
 
@@ -400,7 +404,7 @@ def soft_label_cross_entropy(
             a larger batch that is computed in parts: what [`count_pixels`] gives, summed. With `distill_void` two
             numbers: |V| (with class weights the sum of them) and |U|.
         return_parts: also return the sums the loss is mixed from.
-        distill_void: see above.
+        distill_void, adaptive_beta: see above.
         class_weights: `(C,)`, what a labelled pixel of each class counts; all 1 without.
         fused: compute loss and gradient tile by tile, so that full-resolution logits exist nowhere. The same to
             float32 rounding; first-order gradients only. False takes torch's own operations over whole maps.
@@ -408,7 +412,7 @@ def soft_label_cross_entropy(
     Returns:
         The loss, a float32 scalar; with `return_parts` also a dict of detached scalars, divided like the loss:
         `one_hot` (cross-entropy with the label), `aggregated` (with q) and, with `distill_void`, `void`, so that
-        `loss = (1 - beta) * one_hot + beta * (aggregated + void)`.
+        `loss = (1 - beta) * one_hot + beta * (aggregated + void)` unless beta is adaptive.
 
     Raises:
         ValueError: shapes do not fit, `beta` is outside [0, 1], or `aggregated` is missing with `beta` above 0.
@@ -444,7 +448,15 @@ def soft_label_cross_entropy(
     sums = FusedSoftLabelCrossEntropy.apply if fused else _soft_label_sums
     with torch.autocast(logits.device.type, enabled=False):
         loss, one_hot, soft, void = sums(
-            logits, labels, aggregated, one_hot_weight, soft_weight, void_weight, ignore_index, class_weights
+            logits,
+            labels,
+            aggregated,
+            one_hot_weight,
+            soft_weight,
+            void_weight,
+            ignore_index,
+            class_weights,
+            adaptive_beta,
         )
     if not return_parts:
         return loss
@@ -495,22 +507,27 @@ def _soft_label_sums(
     void_weight: Tensor | None,
     ignore_index: int,
     class_weights: Tensor | None = None,
+    adaptive: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What [`FusedSoftLabelCrossEntropy`] computes, by torch's own operations and differentiable by autograd."""
     log_p = upsample(logits.float(), labels.shape[1:]).log_softmax(dim=1)
     labelled = is_labelled(labels, ignore_index)
     target = labels.masked_fill(~labelled, 0)
     weight = pixel_weights(target, labelled, class_weights)
-    one_hot = -(log_p.gather(1, target.unsqueeze(1)).squeeze(1) * weight).sum()
+    of_label = -log_p.gather(1, target.unsqueeze(1)).squeeze(1)
+    one_hot = (of_label * weight).sum()
     soft = void = torch.zeros_like(one_hot)
-    loss = one_hot_weight * one_hot
-    if aggregated is not None:
-        cross_entropy = -(upsample(aggregated.float(), labels.shape[1:]) * log_p).sum(dim=1)
-        soft = (cross_entropy * weight).sum()
-        loss = loss + soft_weight * soft
-        if void_weight is not None:
-            void = cross_entropy.masked_fill(labels != ignore_index, 0.0).sum()
-            loss = loss + void_weight * void
+    if aggregated is None:
+        return one_hot_weight * one_hot, one_hot, soft, void
+    up_q = upsample(aggregated.float(), labels.shape[1:])
+    of_q = -(up_q * log_p).sum(dim=1)
+    soft = (of_q * weight).sum()
+    trust = up_q.gather(1, target.unsqueeze(1)).squeeze(1) if adaptive else 1.0
+    shares = one_hot_weight + soft_weight * (1.0 - trust), soft_weight * trust
+    loss = (shares[0] * of_label * weight).sum() + (shares[1] * of_q * weight).sum()
+    if void_weight is not None:
+        void = of_q.masked_fill(labels != ignore_index, 0.0).sum()
+        loss = loss + void_weight * void
     return loss, one_hot, soft, void
 
 

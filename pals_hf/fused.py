@@ -25,7 +25,7 @@ _TILE = {"cpu": (2**18, 128), "cuda": (2**23, 1024)}
 
 
 class FusedSoftLabelCrossEntropy(torch.autograd.Function):
-    """`apply(logits, labels, aggregated, one_hot_weight, soft_weight, void_weight, ignore_index, class_weights)`.
+    """`apply(logits, labels, aggregated, one_hot_weight, soft_weight, void_weight, ignore_index, ...)`.
 
     See `forward`.
 
@@ -35,36 +35,53 @@ class FusedSoftLabelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, logits, labels, aggregated, one_hot_weight, soft_weight, void_weight, ignore_index, class_weights=None
+        ctx,
+        logits,
+        labels,
+        aggregated,
+        one_hot_weight,
+        soft_weight,
+        void_weight,
+        ignore_index,
+        class_weights=None,
+        adaptive=False,
     ):
         """`(loss, one_hot, soft, void)`: three sums over pixels, and their sum with the given weights.
 
         With `p_u = softmax(up(z)_u)`: `one_hot = sum -log p_u[y_u]` and `soft = sum -sum_c up(q)_uc log p_uc` over
         labelled pixels, `void` the same as `soft` over pixels labelled `ignore_index`; padding is in none.
-        With `class_weights` `(C,)` a labelled pixel counts as much as the weight of its class.
+        With `class_weights` `(C,)` a labelled pixel counts as much as the weight of its class. If it is `adaptive`,
+        of a pixel's `soft_weight` only the share `up(q)_u[y_u]` is in the loss; `one_hot` has the rest.
         Other weights are scalar tensors; `soft` is 0 without `aggregated`, and `void` without `void_weight`.
         """
         z = logits.float()
         q = None if aggregated is None else aggregated.float()
         gradient = torch.zeros_like(z, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
-        one_hot, soft, void = z.new_zeros(3)
+        loss, one_hot, soft, void = z.new_zeros(4)
         for tile in tiles(z, labels):
             log_p = tile.up(z).log_softmax(dim=1)
             labelled = is_labelled(tile.labels, ignore_index)
             target = tile.labels.masked_fill(~labelled, 0).unsqueeze(1)
             weight = pixel_weights(target.squeeze(1), labelled, class_weights)
-            one_hot -= (log_p.gather(1, target).squeeze(1) * weight).sum()
-            label_share = (weight * one_hot_weight).unsqueeze(1)
+            of_label = -log_p.gather(1, target).squeeze(1)
+            one_hot += (of_label * weight).sum()
+            label_share = weight * one_hot_weight
             if q is not None:
                 up_q = tile.up(q)
-                cross_entropy = -torch.linalg.vecdot(up_q, log_p, dim=1)
-                soft += (cross_entropy * weight).sum()
+                of_q = -torch.linalg.vecdot(up_q, log_p, dim=1)
+                soft += (of_q * weight).sum()
                 q_share = weight * soft_weight
+                if adaptive:
+                    whole, q_share = q_share, q_share * up_q.gather(1, target).squeeze(1)
+                    label_share = label_share + (whole - q_share)
                 if void_weight is not None:
                     distilled = tile.labels == ignore_index
-                    void += cross_entropy.masked_fill(~distilled, 0.0).sum()
+                    void += of_q.masked_fill(~distilled, 0.0).sum()
                     q_share = q_share + distilled * void_weight
+                loss += (q_share * of_q).sum()
                 q_share = q_share.unsqueeze(1)
+            loss += (label_share * of_label).sum()
+            label_share = label_share.unsqueeze(1)
             if gradient is None:
                 continue
             # d/dz of -sum_c y_c log p_c is p sum_c y_c - y, with y the weighted soft label.
@@ -76,11 +93,6 @@ class FusedSoftLabelCrossEntropy(torch.autograd.Function):
                 slope.addcmul_(up_q, q_share, value=-1.0)
             slope.scatter_add_(1, target, -label_share)
             tile.add_down(slope, gradient)
-        loss = one_hot_weight * one_hot
-        if q is not None:
-            loss = loss + soft_weight * soft
-            if void_weight is not None:
-                loss = loss + void_weight * void
         ctx.save_for_backward(gradient)
         ctx.dtype = logits.dtype
         ctx.mark_non_differentiable(one_hot, soft, void)
@@ -91,7 +103,7 @@ class FusedSoftLabelCrossEntropy(torch.autograd.Function):
     def backward(ctx, loss_gradient, *_):
         (gradient,) = ctx.saved_tensors
         # Scaled before it is rounded: a gradient scaler is there to keep half precision from vanishing.
-        return (gradient * loss_gradient).to(ctx.dtype), None, None, None, None, None, None, None
+        return (gradient * loss_gradient).to(ctx.dtype), None, None, None, None, None, None, None, None
 
 
 def is_labelled(labels: Tensor, ignore_index: int = 255) -> Tensor:

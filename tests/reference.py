@@ -95,7 +95,7 @@ def aggregate(
     return q
 
 
-def soft_label_loss(logits, labels, aggregated, beta, ignore_index=255, distill_void=False):
+def soft_label_loss(logits, labels, aggregated, beta, ignore_index=255, distill_void=False, adaptive=False):
     num_classes, size = logits.shape[1], labels.shape[1:]
     log_p = F.interpolate(logits.double(), size=size, mode="bilinear", align_corners=False).log_softmax(dim=1)
     q = F.interpolate(aggregated.double(), size=size, mode="bilinear", align_corners=False)
@@ -110,7 +110,8 @@ def soft_label_loss(logits, labels, aggregated, beta, ignore_index=255, distill_
                     void_count += 1
                 elif label >= 0:
                     one_hot = F.one_hot(torch.tensor(label), num_classes).double()
-                    total = total - (((1 - beta) * one_hot + beta * pixel_q) * pixel_log_p).sum()
+                    share = beta * pixel_q[label] if adaptive else beta
+                    total = total - (((1 - share) * one_hot + share * pixel_q) * pixel_log_p).sum()
                     count += 1
     loss = total / count
     return loss + beta * void_total / void_count if distill_void else loss

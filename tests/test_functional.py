@@ -298,24 +298,30 @@ class TestSoftLabelCrossEntropy:
     @FUSED
     @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
     @pytest.mark.parametrize("size", [(6, 9), (24, 36), (25, 31), (5, 4)])
-    @pytest.mark.parametrize("distill_void", [False, True])
-    def test_equals_the_formula(self, beta, size, fused, distill_void):
+    @pytest.mark.parametrize(
+        ("distill_void", "adaptive"), [(False, False), (True, False), (False, True), (True, True)]
+    )
+    def test_equals_the_formula(self, beta, size, fused, distill_void, adaptive):
         logits, aggregated = maps(3) * 3, maps(3, seed=1).softmax(dim=1)
         labels = random_labels(size)
         labels[:, :, -1] = PADDING_INDEX
-        expected = reference.soft_label_loss(logits, labels, aggregated, beta, distill_void=distill_void)
-        loss = soft_label_cross_entropy(logits, labels, aggregated, beta, fused=fused, distill_void=distill_void)
+        expected = reference.soft_label_loss(
+            logits, labels, aggregated, beta, distill_void=distill_void, adaptive=adaptive
+        )
+        loss = soft_label_cross_entropy(
+            logits, labels, aggregated, beta, fused=fused, distill_void=distill_void, adaptive_beta=adaptive
+        )
         torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
 
     @pytest.mark.parametrize("classes", [2, 19])
     @pytest.mark.parametrize("size", [(256, 384), (250, 301), (64, 96), (40, 50), (1, 1)])
-    @pytest.mark.parametrize("beta", [None, 0.3])
-    def test_fused_equals_plain(self, classes, size, beta):
+    @pytest.mark.parametrize(("beta", "adaptive"), [(None, False), (0.3, False), (0.3, True)])
+    def test_fused_equals_plain(self, classes, size, beta, adaptive):
         """Integer and fractional scales up and down, over several tiles, with gradients."""
         logits = (maps(classes, (64, 96)) * 3).requires_grad_()
         labels = random_labels(size, classes)
         labels[:, -3:] = PADDING_INDEX if size[0] > 3 else 0
-        arguments = {} if beta is None else {"beta": beta, "distill_void": True}
+        arguments = {} if beta is None else {"beta": beta, "distill_void": True, "adaptive_beta": adaptive}
         if beta is not None:
             arguments["aggregated"] = maps(classes, (64, 96), seed=1).softmax(dim=1)
         results = []
@@ -327,6 +333,29 @@ class TestSoftLabelCrossEntropy:
         *plain_values, plain_gradient = results[1]
         torch.testing.assert_close(values, plain_values, rtol=2e-6, atol=0)
         assert (gradient - plain_gradient).norm() <= 1e-6 * plain_gradient.norm()
+
+    def test_adaptive_beta_leaves_labels_that_q_excludes(self):
+        """Then it is cross-entropy, whatever beta."""
+        logits, labels = maps(3), random_labels()
+        labels[labels == 2] = 1
+        never = torch.zeros_like(logits)
+        never[:, 2] = 1.0
+        expected = soft_label_cross_entropy(logits, labels)
+        adaptive, constant = (
+            soft_label_cross_entropy(logits, labels, never, 0.9, adaptive_beta=is_adaptive)
+            for is_adaptive in (True, False)
+        )
+        torch.testing.assert_close(adaptive, expected)
+        assert not torch.isclose(constant, expected, rtol=1e-3)
+
+    def test_adaptive_beta_is_focal_with_ones_own_prediction(self):
+        """Where q is the prediction itself, the gradient of cross-entropy times 1 - beta p_y, as in focal losses."""
+        logits, labels = maps(3).requires_grad_(), random_labels((6, 9))
+        p = logits.detach().softmax(dim=1)
+        (gradient,) = torch.autograd.grad(soft_label_cross_entropy(logits, labels, p, 0.6, adaptive_beta=True), logits)
+        (of_label,) = torch.autograd.grad(soft_label_cross_entropy(logits, labels), logits)
+        p_y = p.gather(1, labels.where(labels != 255, 0).unsqueeze(1))
+        torch.testing.assert_close(gradient, (1 - 0.6 * p_y) * of_label)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_fused_gradient_of_half_precision_logits(self, dtype):

@@ -48,6 +48,8 @@ class PALSLoss(SegmentationLoss):
             Exact, over all pairs, unless told otherwise; [`PALSConfig`] has a cap of its own.
         distill_void: pixels labelled `ignore_index` learn from q alone, see [`soft_label_cross_entropy`]. Label
             what lies outside the image [`PADDING_INDEX`] then.
+        adaptive_beta: beta times what q gives a pixel's label is the pixel's own beta. Not in the paper, see
+            [`soft_label_cross_entropy`].
 
     References:
         Park, Kim, Heo. Semantic Segmentation Using Pixel-Wise Adaptive Label Smoothing via Self-Knowledge
@@ -89,6 +91,7 @@ class PALSLoss(SegmentationLoss):
         affinity_pooling: str = "both",
         max_affinity_cells: int | None = None,
         distill_void: bool = False,
+        adaptive_beta: bool = False,
         class_weights: Sequence[float] | Tensor | None = None,
     ):
         super().__init__(ignore_index, class_weights)
@@ -112,6 +115,7 @@ class PALSLoss(SegmentationLoss):
         self.beta = beta
         self.temperature = temperature
         self.distill_void = distill_void
+        self.adaptive_beta = adaptive_beta
 
     @torch.no_grad()
     def aggregate(self, logits: Tensor, features: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
@@ -144,6 +148,7 @@ class PALSLoss(SegmentationLoss):
             num_items,
             return_parts=True,
             distill_void=self.distill_void,
+            adaptive_beta=self.adaptive_beta,
             class_weights=self.class_weights,
         )
         self.parts = {**parts, "entropy": entropy(aggregated).mean()}
@@ -151,5 +156,6 @@ class PALSLoss(SegmentationLoss):
 
     def extra_repr(self) -> str:
         settings = {"beta": self.beta, "temperature": self.temperature, **self.affinity}
-        settings |= {"distill_void": self.distill_void, "ignore_index": self.ignore_index}
+        settings |= {"distill_void": self.distill_void, "adaptive_beta": self.adaptive_beta}
+        settings |= {"ignore_index": self.ignore_index}
         return ", ".join(f"{name}={value}" for name, value in settings.items())

@@ -124,6 +124,9 @@ class TestPALS:
         q = reference.aggregate(features, (logits.double() / 2.0).softmax(dim=1), 0.5, labels, **options)
         expected = reference.soft_label_loss(logits, labels, q, 0.4, distill_void=True)
         torch.testing.assert_close(loss(logits, labels, features).double(), expected, rtol=1e-4, atol=0)
+        adaptive = PALSLoss(beta=0.4, tau=0.5, temperature=2.0, adaptive_beta=True, **options)
+        expected = reference.soft_label_loss(logits, labels, q, 0.4, adaptive=True)
+        torch.testing.assert_close(adaptive(logits, labels, features).double(), expected, rtol=1e-4, atol=0)
         parts = loss.parts
         mixed = 0.6 * parts["one_hot"] + 0.4 * (parts["aggregated"] + parts["void"])
         torch.testing.assert_close(mixed, loss(logits, labels, features))
