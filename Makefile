@@ -9,7 +9,7 @@ style:  ## mend what can be mended
 	ruff format .
 
 test:
-	pytest
+	pytest -n 2 --dist loadfile
 
 slow:
 	pytest -m slow

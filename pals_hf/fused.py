@@ -57,7 +57,7 @@ class FusedSoftLabelCrossEntropy(torch.autograd.Function):
         z = logits.float()
         q = None if aggregated is None else aggregated.float()
         gradient = torch.zeros_like(z, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
-        loss, one_hot, soft, void = z.new_zeros(4)
+        loss, one_hot, soft, void = (z.new_zeros(()) for _ in range(4))  # no views: callers may scale it in place
         for tile in tiles(z, labels):
             log_p = tile.up(z).log_softmax(dim=1)
             labelled = is_labelled(tile.labels, ignore_index)

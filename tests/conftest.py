@@ -16,6 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+# Processes of pytest-xdist share the cores.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+
 NUM_LABELS = 4
 RAW_VOID = 11
 
