@@ -102,6 +102,11 @@ def _sets_of(eval_dataset: Any) -> list[Any]:
     return list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
 
 
+def _refuse_endless(eval_dataset: Any) -> None:
+    if isinstance(eval_dataset, StreamedDataset) and eval_dataset.repeat:
+        raise InputError("a stream to evaluate on must end: use StreamedDataset(..., repeat=False)")
+
+
 class PALSTrainer(Trainer):
     """A [`~transformers.Trainer`] for semantic segmentation with few labelled images.
 
@@ -264,14 +269,15 @@ class PALSTrainer(Trainer):
     def _check_sets(self) -> None:
         if isinstance(self.train_dataset, StreamedDataset) and not self.train_dataset.repeat:
             raise InputError("a stream to train on must begin again at its end: use StreamedDataset(..., repeat=True)")
-        if any(isinstance(data, StreamedDataset) and data.repeat for data in _sets_of(self.eval_dataset)):
-            raise InputError("a stream to evaluate on must end: use StreamedDataset(..., repeat=False)")
+        for data in _sets_of(self.eval_dataset):
+            _refuse_endless(data)
         metric = self.args.metric_for_best_model
         if isinstance(self.eval_dataset, dict) and self.args.eval_strategy != "no" and metric is not None:
-            of_one = [f"{name}_{metric.removeprefix('eval_')}" for name in self.eval_dataset]
-            if not metric.removeprefix("eval_").startswith(tuple(f"{name}_" for name in self.eval_dataset)):
+            prefixes = tuple(f"{name}_" for name in self.eval_dataset)
+            if not metric.removeprefix("eval_").startswith(prefixes):
+                like = prefixes[0] + metric.removeprefix("eval_")
                 raise InputError(
-                    f"metric_for_best_model must be of one evaluation set, like {of_one[0]}, or None: got {metric}"
+                    f"metric_for_best_model must be of one evaluation set, like {like}, or None: got {metric}"
                 )
 
     def _adopt(self, model: PreTrainedModel, args: PALSConfig) -> None:
@@ -806,6 +812,7 @@ class PALSTrainer(Trainer):
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(chosen, str):
             chosen = self.eval_dataset[chosen]
+        _refuse_endless(chosen)
         if isinstance(chosen, StreamedDataset):
             chosen.complete_to(self.args.eval_batch_size * self.args.world_size)
         return super().get_eval_dataloader(eval_dataset)

@@ -14,6 +14,9 @@ from pathlib import Path
 import hub
 import pytest
 from launching import launcher
+from test_checkpoints import write_checkpoint
+
+from pals_hf.hub import _what_is_left, push_command
 
 CLIENT = Path(__file__).parent / "hub_client.py"
 IS_REAL = "PALS_HF_TESTS_ON_REAL_HUB" in os.environ
@@ -89,6 +92,14 @@ def test_a_run(server, tmp_path):
     for _, files in repository.commits:
         no_token_in(files)
     assert (tmp_path / "run" / "README.md").read_bytes() == server.files("maintainer/trained")["README.md"]
+
+
+def test_the_command_to_push_later_names_the_checkpoint(tmp_path, monkeypatch):
+    """Whatever the folder is called: `.` is also in the name of the program."""
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "checkpoint-3")
+    said = _what_is_left(Path(), push_command(".", "o/n"))
+    assert said.endswith("push it later with: python examples/push_checkpoint.py checkpoint-3 --repo_id o/n")
 
 
 @only_on_loopback

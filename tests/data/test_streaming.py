@@ -170,6 +170,8 @@ class TestTraining:
             PALSTrainer(tiny_segformer(), args, train_dataset=streamed(stream))
         with pytest.raises(InputError, match=r"must end: use StreamedDataset\(\.\.\., repeat=False"):
             PALSTrainer(tiny_segformer(), args, eval_dataset=streamed(stream, repeat=True))
+        with pytest.raises(InputError, match=r"must end: use"):
+            PALSTrainer(tiny_segformer(), args).evaluate(streamed(stream, repeat=True))
 
     def test_of_nothing_ends(self, stream):
         assert ids_of(streamed(stream, ids=["elsewhere"], repeat=True)) == []

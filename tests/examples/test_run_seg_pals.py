@@ -181,6 +181,15 @@ class TestFolder:
         run_seg_pals.main([*start, "--max_steps", "3", "--resume_from_checkpoint", "last"])
         assert read(tmp_path / "run" / "trainer_state.json")["global_step"] == 3
 
+    def test_a_stream_without_its_bad_samples(self, folder, tmp_path):
+        """Also where pictures of the predictions are drawn."""
+        first = min((folder / "val" / "images").iterdir())
+        first.write_bytes(b"")
+        flags = ["--streaming", "--skip_bad_samples", "--crop_size", "32", "32", *SHORT]
+        run_seg_pals.main(on_folder(folder, tmp_path / "run", *flags))
+        assert (tmp_path / "run" / "predictions.png").exists()
+        assert read(tmp_path / "run" / "model_card.json")["settings"]["skip_bad_samples"] is True
+
     def test_published_list(self, folder, tmp_path):
         published, output = tmp_path / "labeled.txt", tmp_path / "run"
         published.write_text("images/street 4.jpg\nimages/street 1.jpg\n")
@@ -346,15 +355,6 @@ class TestTwoProcesses:
         streamed, loaded = (read(output / "eval_results.json") for output in (trained, scored))
         for name in ("eval_mean_iou", "eval_mean_accuracy", "eval_overall_accuracy", "eval_per_category_iou"):
             assert streamed[name] == loaded[name]
-
-    def test_a_stream_without_its_bad_samples(self, folder, tmp_path):
-        """Also where pictures of the predictions are drawn."""
-        first = min((folder / "val" / "images").iterdir())
-        first.write_bytes(b"")
-        flags = ["--streaming", "--skip_bad_samples", "--crop_size", "32", "32", *SHORT]
-        run_seg_pals.main(on_folder(folder, tmp_path / "run", *flags))
-        assert (tmp_path / "run" / "predictions.png").exists()
-        assert read(tmp_path / "run" / "model_card.json")["settings"]["skip_bad_samples"] is True
 
 
 class TestWrongInput:

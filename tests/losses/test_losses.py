@@ -200,3 +200,10 @@ class TestPALS:
 def test_label_smoothing_refuses():
     with pytest.raises(ValueError, match="smoothing"):
         LabelSmoothingLoss(1.1)
+
+
+def test_uniform_distribution_is_not_rounded():
+    """In bfloat16 1/19 is not, and the shares of all classes would sum to 1.002."""
+    logits, labels = torch.randn(2, 19, 6, 8).bfloat16(), torch.randint(0, 19, (2, 12, 16))
+    loss = LabelSmoothingLoss(smoothing=1.0)
+    assert loss(logits, labels) == loss(logits.float(), labels)
