@@ -10,7 +10,7 @@ The recipe has flags of run_seg_pals.py that all trainings share, and axes whose
     grid:
       method:                             # an axis of named sets of flags
         ce: {loss: ce}
-        pals: {loss: pals, beta: 0.3}
+        pals: {loss: pals, beta: 0.5}
       train_fraction: [0.1, 0.5]          # an axis of values of one flag
       seed: [0, 1]
 

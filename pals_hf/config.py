@@ -66,8 +66,8 @@ class PALSConfig(TrainingArguments):
     preset: str = field(
         default="default",
         metadata={
-            "help": "Where `beta`, `beta_schedule`, `tau`, `temperature` and `max_affinity_cells` come from unless "
-            "given: `default`, or `paper`, the literal reading of the abstract.",
+            "help": "Where `beta`, `beta_schedule`, `adaptive_beta`, `tau`, `temperature` and `max_affinity_cells` "
+            "come from unless given: `default`, or `paper`, the literal reading of the abstract.",
             "choices": tuple(PRESETS),
         },
     )
@@ -86,6 +86,16 @@ class PALSConfig(TrainingArguments):
                 "beta_schedule",
             ),
             "choices": BETA_SCHEDULES,
+        },
+    )
+    adaptive_beta: bool | None = field(
+        default=None,
+        metadata={
+            "help": _preset_help(
+                "PALS: a pixel's beta is `beta` times what the aggregated distribution gives its label, so that a "
+                "label which that contradicts is not softened. Not in the paper.",
+                "adaptive_beta",
+            )
         },
     )
     beta_warmup: float = field(
@@ -185,13 +195,6 @@ class PALSConfig(TrainingArguments):
     distill_void: bool = field(
         default=False,
         metadata={"help": "PALS: pixels without a label learn from the aggregated distribution, for sparse labels."},
-    )
-    adaptive_beta: bool = field(
-        default=False,
-        metadata={
-            "help": "PALS: a pixel's beta is `beta` times what the aggregated distribution gives its label, so that a "
-            "label which that contradicts is not softened. Not in the paper."
-        },
     )
     smoothing: float = field(
         default=0.1, metadata={"help": "`label_smoothing`: mass spread evenly over all classes, 0 to 1."}

@@ -46,7 +46,17 @@ _NO_SETTINGS = re.compile(
     r"log.*|save_.*|eval_(strategy|steps|on_start|delay|accumulation_steps|calibration)|dataloader_.*|ddp_.*|fsdp.*|"
     r"deepspeed|accelerator_config|use_cpu|local_rank|skip_memory_metrics"
 )
-_PALS_SETTINGS = ("beta", "beta_schedule", "tau", "temperature", "affinity_source", "pairs", "teacher", "teacher_view")
+_PALS_SETTINGS = (
+    "beta",
+    "beta_schedule",
+    "adaptive_beta",
+    "tau",
+    "temperature",
+    "affinity_source",
+    "pairs",
+    "teacher",
+    "teacher_view",
+)
 _LOSS_SETTINGS = {"pals": _PALS_SETTINGS, "label_smoothing": ("smoothing",), "ce": ()}
 LOSS_NAMES = {
     "pals": "PALS, pixel-wise adaptive label smoothing",

@@ -136,7 +136,9 @@ class TestTraining:
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 
     def test_logs_the_parts_of_the_loss(self, tmp_path):
-        args = config(tmp_path, max_steps=4, logging_steps=2, per_device_train_batch_size=2, beta=0.4)
+        args = config(
+            tmp_path, max_steps=4, logging_steps=2, per_device_train_batch_size=2, beta=0.4, adaptive_beta=False
+        )
         args.gradient_accumulation_steps = 2
         trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples(8))
         trainer.train()
@@ -325,7 +327,8 @@ class TestTraining:
 
     def test_auxiliary_head_learns_with_its_weight(self, tmp_path):
         model = tiny_upernet(**AUXILIARY, auxiliary_in_channels=16, auxiliary_loss_weight=0.3)
-        trainer = PALSTrainer(model, config(tmp_path, loss="pals"), train_dataset=Examples(size=(64, 64)))
+        args = config(tmp_path, loss="pals", adaptive_beta=False)
+        trainer = PALSTrainer(model, args, train_dataset=Examples(size=(64, 64)))
         before = model.auxiliary_head.classifier.weight.detach().clone()
         trainer.train()
         assert not torch.equal(model.auxiliary_head.classifier.weight, before)
@@ -462,7 +465,9 @@ class TestTraining:
             values["tau"],
         )
         assert (q - q.mean(dim=(2, 3), keepdim=True)).abs().max() > 1e-3  # there is something to tell apart
-        expected = reference.soft_label_loss(logits, batch["labels"], q, values["beta"])
+        expected = reference.soft_label_loss(
+            logits, batch["labels"], q, values["beta"], adaptive=values["adaptive_beta"]
+        )
         loss = PALSTrainer(model, config(tmp_path, preset=preset)).compute_loss(model, batch)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
