@@ -179,7 +179,7 @@ def download_checkpoint(
     except InputError:
         raise
     except (HTTPError, OSError, RuntimeError, ValueError, KeyError) as error:
-        reason = _reason(error, repo_id, token)
+        reason = _reason(error, repo_id, token, "read")
         raise InputError(f"cannot fetch a checkpoint of {repo_id} from the Hub: {reason}") from error
     checkpoint = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     written = run_dir / UNFINISHED / checkpoint.name
@@ -231,7 +231,7 @@ def _persistently(
         return retrying(call)
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # the client has no base of its own for them
         times = f", {_TRIES} times" if _may_pass(error) else ""
-        reason = f"{_reason(error, repo_id, token)}{times}"
+        reason = f"{_reason(error, repo_id, token, 'write to')}{times}"
         raise PushError(f"not pushed to {repo_id}: {reason}. {_what_is_left(Path(folder), later)}") from error
 
 
@@ -270,8 +270,8 @@ def _wait(state: tenacity.RetryCallState) -> float:
     return float(asked) if asked.isdigit() else tenacity.wait_exponential(multiplier=1, max=30)(state)
 
 
-def _reason(error: BaseException, repo_id: str, token: str | None) -> str:
-    """What went wrong with the Hub, and what to do about it."""
+def _reason(error: BaseException, repo_id: str, token: str | None, wanted: str) -> str:
+    """What went wrong when one wanted to "read" or to "write to" a repository of the Hub, and what to do about it."""
     error = _source(error)
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, LocalTokenNotFoundError) or (status == 401 and not (token or get_token())):
@@ -281,7 +281,7 @@ def _reason(error: BaseException, repo_id: str, token: str | None) -> str:
     if status == 401:
         return "the Hub does not accept the token (401): log in with `hf auth login`, or set HF_TOKEN"
     if status == 403 and not isinstance(error, RepositoryNotFoundError):
-        return f"the token may not write to {repo_id} (403): it needs the right to write there"
+        return f"the token may not {wanted} {repo_id} (403): it needs the right to {wanted.split()[0]} there"
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
         return f"there is no such repository or revision, or the token may not see it ({status})"
     if status is not None:

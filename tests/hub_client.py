@@ -143,7 +143,9 @@ def push_through_faults(folder):
     from conftest import tiny_segformer
     from trained import enliven
 
+    from pals_hf.data.sources import _names_on_hub
     from pals_hf.errors import InputError
+    from pals_hf.hub import download_checkpoint
     from pals_hf.models import build_image_processor
 
     network = enliven(tiny_segformer(hidden_sizes=[32, 64, 128, 256], decoder_hidden_size=256, depths=[2, 2, 2, 2]))
@@ -194,6 +196,16 @@ def push_through_faults(folder):
         results["processor"] = str(error)
     inject()
     build_image_processor("maintainer/c")
+    for what, fault, fetch in (
+        ("checkpoint", "/api/models/maintainer/c", lambda: download_checkpoint("maintainer/c", folder / "other")),
+        ("names", "/datasets/maintainer/c/resolve/", lambda: _names_on_hub("maintainer/c")),
+    ):
+        inject(*({"method": method, "path": fault, "status": 403, "times": 9} for method in ("HEAD", "GET")))
+        try:
+            fetch()
+        except InputError as error:
+            results[what] = str(error)
+    inject()
     return {**results, "sha256": hashlib.sha256(weights).hexdigest()}
 
 

@@ -7,6 +7,7 @@ are deleted afterwards; what only a server can see, and the faults, are left out
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,12 @@ def test_faults(server, tmp_path):
     assert hub.TOKEN not in json.dumps(results)
     sha256, run = results.pop("sha256"), tmp_path / "run"
     assert results.pop("processor").startswith("cannot load the image processor of 'maintainer/c': ")
+    assert results.pop("checkpoint") == (
+        "cannot fetch a checkpoint of maintainer/c from the Hub: "
+        "the token may not read maintainer/c (403): it needs the right to read there"
+    )
+    names = results.pop("names")
+    assert re.fullmatch(r"maintainer/c gives no id2label\.json \(.+\): give the class names by id2label", names)
     for what in ("a page for JSON", "500 once", "503", "cut in a large file", "cut while committing"):
         assert results[what]["code"] == 0, results[what]
         repo_id = results[what]["lines"][0].split("/", 3)[3]
