@@ -116,8 +116,9 @@ def check(reference: Reference, run_dir: Path) -> None:
 
 
 def with_comparison(card: CardData, reference: Reference) -> CardData:
-    fraction = reference.cell.place["train_fraction"]
-    return replace(card, comparison=comparison(Results(reference.study), fraction, reference.study_name))
+    place, results = reference.cell.place, Results(reference.study)
+    found = comparison(results, place["train_fraction"], reference.study_name, own=place["method"])
+    return replace(card, comparison=found)
 
 
 def write_card(card: CardData, reference: Reference, run_dir: Path) -> None:

@@ -178,13 +178,14 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)] + [""]
 
 
-def comparison(results: Results, fraction: str, study: str, baseline: str = "ce") -> Comparison:
+def comparison(results: Results, fraction: str, study: str, own: str, baseline: str = "ce") -> Comparison:
     """What a study says of its methods on a fraction, for a model card.
 
     Args:
         results: of the study.
         fraction: as its recipe calls it.
         study: where it is, for readers.
+        own: the method of the card's checkpoint.
         baseline: the method that the others are compared with.
     """
     rows, pairs = [], set()
@@ -198,7 +199,7 @@ def comparison(results: Results, fraction: str, study: str, baseline: str = "ce"
         pairs.update(results.values(method, fraction, reader("eval_mean_iou", 100)))
         rows.append(
             {
-                "method": method,
+                "method": f"{method} (this checkpoint)" if method == own else method,
                 "runs": len(scores),
                 "mean_iou": f"{np.mean(scores):.2f}",
                 "difference": "" if method == baseline or difference is None else difference.text(),

@@ -83,7 +83,7 @@ def test_publishing(references, tmp_path):
         assert f"\n  {name}, " in pushed
     assert "predictions.png" not in pushed
     card = ModelCard.load(references.parent / "scenes-10-pals" / "README.md")
-    assert "| pals | 1 |" in card.text
+    assert "| pals (this checkpoint) | 1 |" in card.text
     assert "1 pair of draw and seed, too few for a claim" in card.text
     scored = CardData.load(tmp_path / "study" / "runs" / PALS).metrics["eval_mean_iou"]
     assert card.data.eval_results[0].metric_value == scored
@@ -104,7 +104,7 @@ def test_what_is_not_as_it_should_be(references, tmp_path):
     content["metrics"]["eval_mean_iou"] = 0.125
     result.write_text(json.dumps(content))
     assert call(publish_checkpoints.main, "--references", references, "--render_only").returncode == 0
-    assert "| pals | 1 | 12.50 |" in (references.parent / "scenes-10-pals" / CARD).read_text()
+    assert "| pals (this checkpoint) | 1 | 12.50 |" in (references.parent / "scenes-10-pals" / CARD).read_text()
 
 
 @pytest.mark.parametrize("reference", publish_checkpoints.read_references(), ids=lambda reference: reference.name)
