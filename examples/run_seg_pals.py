@@ -68,7 +68,7 @@ from pals_hf.errors import InputError, PushError, TrainingError
 from pals_hf.functional import PADDING_INDEX
 from pals_hf.hub import download_checkpoint
 from pals_hf.inference import load_for_inference, predict
-from pals_hf.model_card import PICTURES, CardFacts
+from pals_hf.model_card import CARD_DATA, PICTURES, CardData, CardFacts, loss_settings
 from pals_hf.models import build_image_processor, build_model
 from pals_hf.visualize import prediction_sheet, reliability_diagram, training_curves
 
@@ -625,6 +625,7 @@ def prepare_output_dir(
         # The name that it notes is that of a folder, which may be another one now.
         if recorded.exists() and images_of(FractionManifest.load(recorded)) != images_of(manifest):
             raise InputError(f"{config.resume_from_checkpoint} was trained on other images: see {recorded}")
+        refuse_other_loss(config)
     if is_main_process():
         refuse_other_history(folder, args, config)  # another run may have been here while the data was loaded
         if not goes_on_in(folder, config):
@@ -637,6 +638,20 @@ def prepare_output_dir(
             manifest.save(folder / MANIFEST)
         if not args.streaming and data.skipped:
             (folder / SKIPPED).write_text(json.dumps(data.skipped, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def refuse_other_loss(config: PALSConfig) -> None:
+    """A run goes on with the loss that it began with, also where defaults have changed since."""
+    checkpoint = Path(config.resume_from_checkpoint)
+    if not (checkpoint / CARD_DATA).exists():
+        return
+    card = CardData.load(checkpoint)
+    began, now = {"loss": card.loss, **card.loss_settings}, {"loss": config.loss, **loss_settings(config)}
+    other = [f"--{name} {value}" for name, value in began.items() if now.get(name) != value]
+    if other:
+        raise InputError(
+            f"{checkpoint} was trained with another loss: go on with {' '.join(other)}, or begin a new run"
+        )
 
 
 def images_of(manifest: FractionManifest | None) -> tuple[str, list[str]] | None:

@@ -179,7 +179,7 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def comparison(results: Results, fraction: str, study: str, own: str, baseline: str = "ce") -> Comparison:
-    """What a study says of its methods on a fraction, for a model card.
+    """What a study says of those methods on a fraction that it has run on the same pairs, for a model card.
 
     Args:
         results: of the study.
@@ -188,15 +188,13 @@ def comparison(results: Results, fraction: str, study: str, own: str, baseline: 
         own: the method of the card's checkpoint.
         baseline: the method that the others are compared with.
     """
-    rows, pairs = [], set()
+    rows, mean_iou, ece = [], reader("eval_mean_iou", 100), reader("eval_ece", 100)
+    pairs = results.values(own, fraction, mean_iou).keys()
     for method in results.methods:
-        scores, eces = (
-            list(results.values(method, fraction, reader(key, 100)).values()) for key in ("eval_mean_iou", "eval_ece")
-        )
-        if not scores:
-            continue
-        difference = results.compare(method, baseline, fraction, reader("eval_mean_iou", 100))
-        pairs.update(results.values(method, fraction, reader("eval_mean_iou", 100)))
+        scores, eces = (list(results.values(method, fraction, read).values()) for read in (mean_iou, ece))
+        if results.values(method, fraction, mean_iou).keys() != pairs:
+            continue  # means over other pairs cannot be set beside these
+        difference = results.compare(method, baseline, fraction, mean_iou)
         rows.append(
             {
                 "method": f"{method} (this checkpoint)" if method == own else method,

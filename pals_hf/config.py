@@ -74,7 +74,11 @@ class PALSConfig(TrainingArguments):
     beta: float | None = field(
         default=None,
         metadata={
-            "help": _preset_help("PALS: weight of the aggregated distribution in the soft label, 0 to 1.", "beta")
+            "help": _preset_help(
+                "PALS: weight of the aggregated distribution in the soft label, 0 to 1; with `adaptive_beta` the "
+                "largest.",
+                "beta",
+            )
         },
     )
     beta_schedule: str | None = field(
@@ -92,8 +96,8 @@ class PALSConfig(TrainingArguments):
         default=None,
         metadata={
             "help": _preset_help(
-                "PALS: a pixel's beta is `beta` times what the aggregated distribution gives its label, so that a "
-                "label which that contradicts is not softened. Not in the paper.",
+                "PALS, True or False: a pixel's beta is `beta` times what the aggregated distribution gives its "
+                "label, so that a label which that contradicts is not softened. Not in the paper.",
                 "adaptive_beta",
             )
         },
@@ -194,7 +198,10 @@ class PALSConfig(TrainingArguments):
     )
     distill_void: bool = field(
         default=False,
-        metadata={"help": "PALS: pixels without a label learn from the aggregated distribution, for sparse labels."},
+        metadata={
+            "help": "PALS: pixels without a label learn from the aggregated distribution, with weight `beta`, for "
+            "sparse labels."
+        },
     )
     smoothing: float = field(
         default=0.1, metadata={"help": "`label_smoothing`: mass spread evenly over all classes, 0 to 1."}

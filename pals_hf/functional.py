@@ -9,7 +9,8 @@ Notation, used throughout the package:
 | `p_i`  | `softmax(z_i / T)`, `T` the temperature                               | `(C,)`         |
 | `S_ij` | `exp(f_i . f_j / tau) / sum_k exp(f_i . f_k / tau)`                   | `(N, N)`       |
 | `q_i`  | `sum_j S_ij p_j`, the aggregated distribution, without gradient       | `(C,)`         |
-| `y~_u` | `(1 - beta) onehot(y_u) + beta up(q)_u`, soft label of label pixel u  | `(C,)`         |
+| `y~_u` | `(1 - b) onehot(y_u) + b up(q)_u`, soft label of label pixel u        | `(C,)`         |
+| `b`    | `beta`; with `adaptive_beta` `beta up(q)_u` at the label `y_u`        | scalar         |
 
 Reference: Park, Kim, Heo. Semantic Segmentation Using Pixel-Wise Adaptive Label Smoothing via
 Self-Knowledge Distillation for Limited Labeling Data. Sensors 22(7):2623, 2022.
@@ -388,6 +389,7 @@ def soft_label_cross_entropy(
 
     With `adaptive_beta` a pixel's own $\beta_u = \beta\,\mathrm{up}(q)_{u y_u}$ takes the place of $\beta$ in its soft
     label: a label that q contradicts stays as it is, and one that it agrees with is softened. Void pixels keep beta.
+    The paper is without it, and so is this function unless told otherwise; [`PALSLoss`] has it by default.
 
     With `class_weights` w the first mean is a weighted one, `sum_u w_{y_u} (...) / sum_u w_{y_u}`, as in
     `F.cross_entropy(weight=w)`.

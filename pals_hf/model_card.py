@@ -212,7 +212,7 @@ def loss_settings(args: PALSConfig) -> dict[str, Any]:
 
 def settings(args: PALSConfig) -> dict[str, Any]:
     """What differs from the defaults of `PALSConfig`, but for what the loss says itself."""
-    said, values = {"loss", *loss_settings(args)}, args.to_dict()
+    said, values = {"loss"}.union(*_LOSS_SETTINGS.values()), args.to_dict()
     wanted = [f for f in dataclasses.fields(args) if f.name not in said and not _NO_SETTINGS.fullmatch(f.name)]
     # None, False and an empty list are all the same: not wanted.
     return {f.name: values[f.name] for f in wanted if (values[f.name] or None) != (_default(f) or None)}

@@ -10,8 +10,8 @@ from .base import SegmentationLoss
 
 PRESETS = {
     # A sharp affinity is what makes q better than the prediction (examples/studies/camvid_targets), and a temperature
-    # above 1 costs calibration and gains nothing (examples/studies/camvid_drives). Softening labels that q contradicts
-    # costs mIoU (examples/studies/camvid). At most 2048 blocks are compared, so that the cost does not grow with the
+    # above 1 costs calibration and gains nothing (examples/studies/camvid_drives). Beta follows
+    # examples/studies/camvid_ablation. At most 2048 blocks are compared, so that the cost does not grow with the
     # image: see examples/benchmark_loss.py.
     "default": {
         "beta": 0.5,
@@ -43,17 +43,19 @@ class PALSLoss(SegmentationLoss):
     plain module: it works with any torch model.
 
     Args:
-        beta: weight of the aggregated distribution, 0 to 1. With 0 this is cross-entropy.
+        beta: weight of the aggregated distribution, 0 to 1; with `adaptive_beta` the largest, that of a pixel whose
+            label q is sure of. With 0 this is cross-entropy.
         tau: temperature of the affinity between pixels, > 0; smaller compares more sharply.
         temperature: softmax temperature of the predictions that are averaged, > 0; larger is softer.
         ignore_index, class_weights: see [`SegmentationLoss`]. The weights have no part in q.
         pairs, include_self, void_keys, propagation_steps, propagation_weight, anchor_weight, affinity_stride,
         affinity_pooling, max_affinity_cells: which cells are averaged, and how: see [`aggregate_probabilities`].
             Exact, over all pairs, unless told otherwise; [`PALSConfig`] has a cap of its own.
-        distill_void: pixels labelled `ignore_index` learn from q alone, see [`soft_label_cross_entropy`]. Label
-            what lies outside the image [`PADDING_INDEX`] then.
+        distill_void: pixels labelled `ignore_index` learn from q alone, with weight `beta`, see
+            [`soft_label_cross_entropy`]. Label what lies outside the image [`PADDING_INDEX`] then.
         adaptive_beta: beta times what q gives a pixel's label is the pixel's own beta, so that a label that q
-            contradicts is not softened. Not in the paper, which has False. See [`soft_label_cross_entropy`].
+            contradicts is not softened. Not in the paper: `PALSLoss(0.5, tau=0.3, adaptive_beta=False)` is that read
+            literally. See [`soft_label_cross_entropy`].
 
     References:
         Park, Kim, Heo. Semantic Segmentation Using Pixel-Wise Adaptive Label Smoothing via Self-Knowledge
@@ -67,7 +69,8 @@ class PALSLoss(SegmentationLoss):
 
     Attributes:
         parts: detached scalars of the last call: the cross-entropies the loss is mixed from, `one_hot`, `aggregated`
-            and, with `distill_void`, `void`; and `entropy`, the mean entropy of q in nats.
+            and, with `distill_void`, `void`, by `beta` where that is not adaptive; and `entropy`, the mean entropy of
+            q in nats.
 
     Raises:
         ValueError: an argument is out of its range.

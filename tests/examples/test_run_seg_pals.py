@@ -132,6 +132,18 @@ class TestFolder:
             assert message in capsys.readouterr().err
         assert [path.name for path in other.iterdir()] == ["checkpoint-7"]
 
+    def test_resume_refuses_another_loss(self, folder, tmp_path, capsys):
+        start = on_folder(folder, tmp_path / "run", "--beta", "0.3", "--adaptive_beta", "False", *SHORT)
+        run_seg_pals.main([*start, "--save_steps", "1"])
+        on = ["--max_steps", "3", "--resume_from_checkpoint", "last"]
+        for loss, flags in (("pals", "--beta 0.3 --adaptive_beta False"), ("ce", "--loss pals --beta 0.3 ")):
+            with pytest.raises(SystemExit):
+                run_seg_pals.main(on_folder(folder, tmp_path / "run", "--loss", loss, *SHORT, *on))
+            message = capsys.readouterr().err
+            assert f"checkpoint-2 was trained with another loss: go on with {flags}" in message
+        run_seg_pals.main([*start, *on])
+        assert read(tmp_path / "run" / "trainer_state.json")["global_step"] == 3
+
     def test_going_back_needs_a_word(self, folder, tmp_path, capsys):
         """Else `last` would one day mean a checkpoint of the history that was given up."""
         output = tmp_path / "run"
