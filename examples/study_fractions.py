@@ -77,7 +77,7 @@ class Difference:
 
 
 class Results:
-    """All results of a study: `results[method, fraction]` is `{pair: result}`."""
+    """All results of a study: `cells[method, fraction]` is `{pair: result}`, `fractions` those that have any."""
 
     def __init__(self, folder: Path):
         self.cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
@@ -92,7 +92,8 @@ class Results:
                 key = cell.place["method"], cell.place["train_fraction"]
                 self.cells.setdefault(key, {})[cell.place["pair"]] = result
         self.methods = list(dict.fromkeys(cell.place["method"] for cell in cells))
-        self.fractions = list(dict.fromkeys(cell.place["train_fraction"] for cell in cells))
+        fractions = dict.fromkeys(cell.place["train_fraction"] for cell in cells)
+        self.fractions = [f for f in fractions if any(fraction == f for _, fraction in self.cells)]  # with results
         self.missing = len(cells) - sum(map(len, self.cells.values()))
 
     def values(self, method: str, fraction: str, read: Callable[[dict], float]) -> dict[str, float]:
@@ -209,47 +210,80 @@ def comparison(results: Results, fraction: str, study: str, own: str, baseline: 
 
 
 def plot(results: Results, folder: Path, baseline: str) -> None:
+    plot_fractions(results, folder / "fractions.png", baseline)
+    plot_classes(results, folder / "classes.png", baseline)
+    plot_reliability(results, folder / "reliability.png", baseline)
+
+
+def comparable(results: Results, fraction: str, baseline: str) -> list[str]:
+    """The methods whose means can be set beside the baseline's: they were run on the same pairs."""
+    pairs = results.cells.get((baseline, fraction), {}).keys()
+    return [m for m in results.methods if pairs and results.cells.get((m, fraction), {}).keys() == pairs]
+
+
+def styles(results: Results) -> dict[str, dict[str, Any]]:
+    """A colour for each method that has results, the same in all figures; after ten the same with other lines."""
+    from matplotlib import colormaps
+
+    found = [method for method in results.methods if any(key[0] == method for key in results.cells)]
+    colors, lines = colormaps["tab10"].colors, ("-", "--", ":")
+    return {
+        method: {"color": colors[index % len(colors)], "linestyle": lines[index // len(colors) % len(lines)]}
+        for index, method in enumerate(found)
+    }
+
+
+def legend(figure: Any, axes: Any) -> None:
+    """One above the panels, of what is in any of them."""
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", fontsize=8, ncols=4)
+
+
+def plot_fractions(results: Results, path: Path, baseline: str) -> None:
+    """Mean IoU against the fraction, with bands of 95 %."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axis = figure.subplots()
-    for method in results.methods:
+    axis, shown = figure.subplots(), {f: comparable(results, f, baseline) for f in results.fractions}
+    for method, style in styles(results).items():
         points = []
-        for fraction in results.fractions:
+        for fraction in (fraction for fraction in results.fractions if method in shown[fraction]):
             values = np.array(list(results.values(method, fraction, reader("eval_mean_iou", 100)).values()))
-            if len(values):
-                half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else 0.0
-                points.append((100 * float(fraction), values.mean(), half))
+            half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else 0.0
+            points.append((100 * float(fraction), values.mean(), half))
         if points:
             x, y, half = map(np.array, zip(*points, strict=True))
-            axis.plot(x, y, marker="o", label=method)
-            axis.fill_between(x, y - half, y + half, alpha=0.15)
+            axis.plot(x, y, marker="o", label=method, **style)
+            axis.fill_between(x, y - half, y + half, alpha=0.1, color=style["color"])
     axis.set(xlabel="training images, %", ylabel="mIoU, %")
-    axis.legend()
-    figure.savefig(folder / "fractions.png", dpi=110)
-    plot_classes(results, folder, baseline)
-    plot_reliability(results, folder)
+    legend(figure, [axis])
+    figure.savefig(path, dpi=110)
 
 
-def plot_classes(results: Results, folder: Path, baseline: str) -> None:
+def plot_classes(results: Results, path: Path, baseline: str) -> None:
     """The mean gain of each class in IoU over the baseline, a panel a fraction."""
     from matplotlib.figure import Figure
 
-    others = [method for method in results.methods if method != baseline]
+    names = next((r["classes"] for cell in results.cells.values() for r in cell.values() if "classes" in r), None)
     figure = Figure(figsize=(8, 2.6 * len(results.fractions)), layout="constrained")
-    for axis, fraction in zip(
-        np.atleast_1d(figure.subplots(len(results.fractions), 1)), results.fractions, strict=True
-    ):
-        for index, method in enumerate(others):
-            gains = class_gains(results, method, baseline, fraction)
-            axis.bar(np.arange(len(gains)) + 0.8 * index / len(others), gains, 0.8 / len(others), label=method)
-        names = next((r["classes"] for cell in results.cells.values() for r in cell.values() if "classes" in r), None)
+    axes = np.atleast_1d(figure.subplots(len(results.fractions), 1))
+    for axis, fraction in zip(axes, results.fractions, strict=True):
+        gains = {
+            method: class_gains(results, method, baseline, fraction)
+            for method in comparable(results, fraction, baseline)
+            if method != baseline
+        }
+        for index, (method, of) in enumerate(gains.items()):
+            style, width = styles(results)[method], 0.8 / len(gains)
+            hatch = {"-": None, "--": "//////", ":": "......"}[style["linestyle"]]
+            at = np.arange(len(of)) + width * index
+            axis.bar(at, of, width, color=style["color"], hatch=hatch, edgecolor="white", linewidth=0, label=method)
         if names:
             axis.set_xticks(np.arange(len(names)) + 0.4, names, fontsize=7, rotation=30)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_title(f"{float(fraction):.0%}: IoU against {baseline}, points", fontsize=9)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=max(1, len(others)), fontsize=8)
-    figure.savefig(folder / "classes.png", dpi=110)
+    legend(figure, axes)
+    figure.savefig(path, dpi=110)
 
 
 def class_gains(results: Results, method: str, baseline: str, fraction: str) -> np.ndarray:
@@ -267,25 +301,24 @@ def class_gains(results: Results, method: str, baseline: str, fraction: str) -> 
     )
 
 
-def plot_reliability(results: Results, folder: Path) -> None:
+def plot_reliability(results: Results, path: Path, baseline: str) -> None:
     """Share of hits against confidence, over all pairs of runs, a panel a fraction."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(results.fractions), 4), layout="constrained")
-    for axis, fraction in zip(
-        np.atleast_1d(figure.subplots(1, len(results.fractions))), results.fractions, strict=True
-    ):
+    axes = np.atleast_1d(figure.subplots(1, len(results.fractions)))
+    for axis, fraction in zip(axes, results.fractions, strict=True):
         axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-        for method in results.methods:
-            runs = [r["metrics"].get("eval_reliability") for r in results.cells.get((method, fraction), {}).values()]
+        for method in comparable(results, fraction, baseline):
+            runs = [r["metrics"].get("eval_reliability") for r in results.cells[method, fraction].values()]
             bins = np.array([run for run in runs if run], dtype=float)
             if len(bins):
                 share = bins[..., 0].sum(axis=0)
                 points = np.nansum(bins[..., 1:] * bins[..., :1], axis=0) / np.where(share, share, np.nan)[:, None]
-                axis.plot(points[:, 0], points[:, 1], marker=".", label=method)
+                axis.plot(points[:, 0], points[:, 1], marker=".", label=method, **styles(results)[method])
         axis.set(xlabel="confidence", ylabel="share of hits", title=f"{float(fraction):.0%}")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", fontsize=8, ncols=4)
-    figure.savefig(folder / "reliability.png", dpi=110)
+    legend(figure, axes)
+    figure.savefig(path, dpi=110)
 
 
 def run_missing(folder: Path, options: dict[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from PIL import Image
 
 pytest.importorskip("ray")
 pytest.importorskip("scipy")
+Figure = pytest.importorskip("matplotlib.figure").Figure
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
@@ -87,6 +88,24 @@ def test_incomplete_studies_are_called_so(study):
     result = report(study)
     assert "12 runs of the recipe are missing" in result.stdout
     assert "| pals | 3 |" in result.stdout
+
+
+def test_figures_show_only_what_can_be_compared(study):
+    """A mean over other pairs is not set beside the baseline's; a method looks the same in every panel."""
+    add_method(study, "uniform")
+    next((study / "results").glob("*method=uniform,train_fraction=0.1,*")).unlink()
+    results = study_fractions.Results(study)
+    assert study_fractions.comparable(results, "0.1", "ce") == ["ce", "pals"]
+    assert study_fractions.comparable(results, "0.5", "ce") == ["ce", "pals", "uniform"]
+    looks = study_fractions.styles(results)
+    assert len({str(look) for look in looks.values()}) == len(looks) == 3
+    axes = Figure().subplots(1, 2)
+    axes[0].plot([0], [0], label="ce", **looks["ce"])
+    for method in ("ce", "uniform"):
+        axes[1].plot([0], [0], label=method, **looks[method])
+    study_fractions.legend(axes[0].figure, axes)
+    (shown,) = axes[0].figure.legends
+    assert [text.get_text() for text in shown.get_texts()] == ["ce", "uniform"]
 
 
 @pytest.mark.parametrize(
