@@ -287,7 +287,7 @@ class PALSConfig(TrainingArguments):
             self.lr_scheduler_kwargs = dict(POLY)
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(ERRORS)
-        self._check_fields()
+        self.check()
         super().__post_init__()
         started = int(os.environ.get("WORLD_SIZE", 1))
         if started > 1 and self.world_size == 1:
@@ -298,7 +298,12 @@ class PALSConfig(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch warns at every epoch
 
-    def _check_fields(self) -> None:
+    def check(self) -> None:
+        """Refuse values out of range, here or once they were set on the way, as a search does.
+
+        Raises:
+            InputError: the message names the field.
+        """
         for name, allowed in (
             ("loss", LOSSES),
             ("beta_schedule", BETA_SCHEDULES),

@@ -242,7 +242,11 @@ class PALSTrainer(Trainer):
 
     def _hp_search_setup(self, trial: Any) -> None:
         """The parent's, which gives a trial's arguments to the network made just before; then what depends on them."""
+        preset = self.args.preset
         super()._hp_search_setup(trial)
+        if self.args.preset != preset:
+            raise InputError("preset is read when a PALSConfig is made: search what it sets, like beta and tau")
+        self.args.check()
         if self.model_init is not None:
             self._adopt(self.model, self.args)
             self._average = self._start_average(self.model)

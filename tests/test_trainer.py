@@ -672,6 +672,14 @@ class TestSearch:
         trainer = PALSTrainer(model_init=lambda: tiny_segformer(), args=config(tmp_path), train_dataset=dataset)
         return trainer.hyperparameter_search(lambda trial: trial.params, n_trials=trials, backend=backend, **options)
 
+    @pytest.mark.parametrize(
+        ("trial", "message"),
+        [({"beta": 3.0}, "beta must lie in"), ({"preset": "paper"}, "preset is read when a PALSConfig is made")],
+    )
+    def test_refuses_a_trial(self, trial, message, tmp_path):
+        with pytest.raises(InputError, match=message):
+            self.search(tmp_path, Examples(), [trial])
+
     def test_a_trial_has_its_own_arguments(self, folder, tmp_path):
         """Not those of the one before."""
         data = load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID]).train
