@@ -87,7 +87,8 @@ def aggregate_probabilities(
         void_keys: whether cells without a label are averaged over. They get a q of their own either way.
         ignore_index: label of void pixels. [`PADDING_INDEX`] is no label either.
         propagation_steps, propagation_weight: q starts as p and becomes `weight * S q + (1 - weight) * p` in every
-            step, as in BAKE (Ge et al. 2021, arXiv 2104.13298). One step of weight 1 is the formula above.
+            step, as in BAKE (Ge et al. 2021, arXiv 2104.13298). One step of weight 1 is the formula above;
+            with weight 0 no cell is compared with another, and that costs nothing.
         anchor_weight: with a above 0 a labelled cell is an anchor: what is averaged of it is its label (the shares of
             the classes among its labelled pixels) instead of its prediction, in every step, and it counts a times as
             much as it would, so that few labels speak up among many cells without. With 0, the formula above, all
@@ -165,7 +166,7 @@ def aggregate_probabilities(
 
     own = own.float().flatten(2).transpose(1, 2)  # (B, N, C)
     q = own
-    for _ in range(propagation_steps):
+    for _ in range(propagation_steps if propagation_weight else 0):  # with weight 0 there is nothing to compare
         values = q
         if key_grid != query_grid:
             values = _pool(q.transpose(1, 2).unflatten(2, query_grid), stride).flatten(2).transpose(1, 2)

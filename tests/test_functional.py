@@ -79,6 +79,17 @@ class TestAggregateProbabilities:
         alone = aggregate_probabilities(f[:1], p[:1], tau=0.3)
         torch.testing.assert_close(aggregate_probabilities(f, p, tau=0.3)[:1], alone)
 
+    def test_with_weight_0_nothing_is_compared(self, monkeypatch):
+        f, p = maps(8), maps(3, seed=1).softmax(dim=1)
+        expected = reference.aggregate(f, p, 0.3, propagation_weight=0.0, affinity_stride=2)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("compared pixels"))
+        for options in ({}, {"affinity_stride": 2, "affinity_pooling": "keys"}):
+            assert torch.equal(aggregate_probabilities(f, p, tau=0.3, propagation_weight=0.0, **options), p)
+        pooled = aggregate_probabilities(f, p, tau=0.3, propagation_weight=0.0, affinity_stride=2)
+        torch.testing.assert_close(pooled.double(), expected, rtol=1e-5, atol=1e-6)
+        with pytest.raises(pytest.fail.Exception, match="compared pixels"):
+            aggregate_probabilities(f, p, tau=0.3)
+
     def test_a_zero_feature_is_no_nan(self):
         p = maps(3, seed=1).softmax(dim=1)
         assert aggregate_probabilities(torch.zeros(2, 8, 6, 9), p, tau=0.3).isfinite().all()
