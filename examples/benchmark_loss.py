@@ -94,6 +94,7 @@ def loss(device: str, classes: int) -> Variants:
         return run
 
     losses = {"PALS, q given": step(PALSLoss(), logits, labels, aggregated=q)}
+    losses["PALS, own prediction"] = step(PALSLoss(propagation_weight=0.0), logits, labels, features)
     cap = PRESETS["default"]["max_affinity_cells"]
     losses["PALS, default"] = step(PALSLoss(max_affinity_cells=cap), logits, labels, features)
     sharp = PALSLoss(max_affinity_cells=cap, affinity_pooling="keys")

@@ -16,6 +16,7 @@ VARIANTS = {
         "CE",
         "label smoothing",
         "PALS, q given",
+        "PALS, own prediction",
         "PALS, default",
         "PALS, blocks as keys",
         *(f"PALS, stride {s}" for s in (1, 2, 4)),
