@@ -192,17 +192,17 @@ def comparison(results: Results, fraction: str, study: str, own: str, baseline: 
     rows, mean_iou, ece = [], reader("eval_mean_iou", 100), reader("eval_ece", 100)
     pairs = results.values(own, fraction, mean_iou).keys()
     for method in results.methods:
-        scores, eces = (list(results.values(method, fraction, read).values()) for read in (mean_iou, ece))
-        if results.values(method, fraction, mean_iou).keys() != pairs:
+        scores, eces = (results.values(method, fraction, read) for read in (mean_iou, ece))
+        if scores.keys() != pairs:
             continue  # means over other pairs cannot be set beside these
         difference = results.compare(method, baseline, fraction, mean_iou)
         rows.append(
             {
                 "method": f"{method} (this checkpoint)" if method == own else method,
                 "runs": len(scores),
-                "mean_iou": f"{np.mean(scores):.2f}",
+                "mean_iou": f"{np.mean(list(scores.values())):.2f}",
                 "difference": "" if method == baseline or difference is None else difference.text(),
-                "ece": f"{np.mean(eces):.2f}" if eces else "",
+                "ece": f"{np.mean(list(eces.values())):.2f}" if eces else "",
             }
         )
     count = f"{len(pairs)} {'pair' if len(pairs) == 1 else 'pairs'} of draw and seed"

@@ -88,7 +88,7 @@ def aggregate_probabilities(
         ignore_index: label of void pixels. [`PADDING_INDEX`] is no label either.
         propagation_steps, propagation_weight: q starts as p and becomes `weight * S q + (1 - weight) * p` in every
             step, as in BAKE (Ge et al. 2021, arXiv 2104.13298). One step of weight 1 is the formula above;
-            with weight 0 no cell is compared with another, and that costs nothing.
+            with weight 0 no cell is compared with another.
         anchor_weight: with a above 0 a labelled cell is an anchor: what is averaged of it is its label (the shares of
             the classes among its labelled pixels) instead of its prediction, in every step, and it counts a times as
             much as it would, so that few labels speak up among many cells without. With 0, the formula above, all
