@@ -190,11 +190,9 @@ def comparison(results: Results, fraction: str, study: str, own: str, baseline: 
         baseline: the method that the others are compared with.
     """
     rows, mean_iou, ece = [], reader("eval_mean_iou", 100), reader("eval_ece", 100)
-    pairs = results.values(own, fraction, mean_iou).keys()
-    for method in results.methods:
+    pairs = results.cells.get((own, fraction), {})
+    for method in comparable(results, fraction, own):
         scores, eces = (results.values(method, fraction, read) for read in (mean_iou, ece))
-        if scores.keys() != pairs:
-            continue  # means over other pairs cannot be set beside these
         difference = results.compare(method, baseline, fraction, mean_iou)
         rows.append(
             {
