@@ -19,8 +19,6 @@ import argparse
 import itertools
 import json
 import os
-import re
-import shutil
 import signal
 import sys
 import time
@@ -46,7 +44,6 @@ from transformers import (
 from transformers.utils import is_matplotlib_available
 
 from pals_hf import PALSConfig, PALSTrainer, load_segmentation_dataset
-from pals_hf.checkpoints import claimed, discard_after, is_complete_checkpoint, last_complete_checkpoint
 from pals_hf.data import (
     IGNORE_INDEX,
     EvalTransform,
@@ -66,10 +63,16 @@ from pals_hf.data.resizing import cache_resized
 from pals_hf.data.sources import cut_matching, cut_validation
 from pals_hf.errors import InputError, PushError, TrainingError
 from pals_hf.functional import PADDING_INDEX
-from pals_hf.hub import download_checkpoint
 from pals_hf.inference import load_for_inference, predict
-from pals_hf.model_card import CARD_DATA, PICTURES, CardData, CardFacts, loss_settings
+from pals_hf.model_card import CardFacts
 from pals_hf.models import build_image_processor, build_model
+from pals_hf.run_folder import (
+    claimed,
+    discard_other_run,
+    find_checkpoint,
+    refuse_other_run,
+    refuse_other_training,
+)
 from pals_hf.visualize import prediction_sheet, reliability_diagram, training_curves
 
 SKIPPED = "skipped_samples.json"
@@ -383,67 +386,11 @@ def choose_output_dir(args: ScriptArguments, config: PALSConfig) -> None:
         what = "eval" if args.eval_only else f"{config.loss}-{share}-seed{config.seed}"
         name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{what}-{uuid.uuid4().hex[:4]}"
         config.output_dir = broadcast_object_list([name])[0]
-    folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir {folder} is a file")
-    if files_of_a_run(folder) and not args.overwrite and not goes_on_in(folder, config):
-        raise InputError(
-            f"output_dir {folder} already holds a run: use --overwrite, --resume_from_checkpoint or another folder"
-        )
-    refuse_other_history(folder, args, config)
+    refuse_other_run(Path(config.output_dir), checkpoint_of(config), args.overwrite)
 
 
-def refuse_other_history(folder: Path, args: ScriptArguments, config: PALSConfig) -> None:
-    """One history a folder: later checkpoints than the one that the run goes on from would be taken for its own."""
-    newest = last_complete_checkpoint(folder)
-    chosen = Path(config.resume_from_checkpoint) if goes_on_in(folder, config) else None
-    if newest is None or args.overwrite or args.eval_only or (chosen is not None and newest.name == chosen.name):
-        return
-    raise InputError(
-        f"output_dir {folder} holds {newest.name}, which is not what the run would go on from: "
-        "use --resume_from_checkpoint last, --overwrite to discard it, or another folder"
-    )
-
-
-def find_checkpoint(config: PALSConfig) -> Path | None:
-    """The checkpoint that `last`, `auto`, a run's folder or a checkpoint's own path means.
-
-    The newest complete one, fetched first if it is in a repository on the Hub; `auto` starts anew, None, where there
-    is none.
-    """
-    resume, output_dir = config.resume_from_checkpoint, config.output_dir
-    if resume == "auto" and not output_dir:
-        raise InputError("resume_from_checkpoint auto needs the run's output_dir")
-    path = Path(output_dir or ".") if resume in ("last", "auto") else Path(resume)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", resume):
-        return fetch_checkpoint(resume, Path(config.output_dir or f"runs/{path.name}"), config)
-    checkpoint = path if is_complete_checkpoint(path) else last_complete_checkpoint(path)
-    if checkpoint is None and resume != "auto":
-        raise InputError(f"resume_from_checkpoint {resume}: there is no complete checkpoint at {path}")
-    return checkpoint
-
-
-def fetch_checkpoint(repo_id: str, run_dir: Path, config: PALSConfig) -> Path | None:
-    with PartialState().main_process_first():
-        if not is_main_process():
-            return last_complete_checkpoint(run_dir)
-        if files_of_a_run(run_dir):
-            raise InputError(
-                f"output_dir {run_dir} already holds a run: use --resume_from_checkpoint last, or another folder for "
-                f"that of {repo_id}"
-            )
-        with claimed(run_dir):
-            return download_checkpoint(repo_id, run_dir, config.hub_revision, config.hub_token)
-
-
-def goes_on_in(folder: Path, config: PALSConfig) -> bool:
-    resume = config.resume_from_checkpoint
-    return resume is not None and Path(resume).resolve().parent == folder.resolve()
-
-
-def files_of_a_run(folder: Path) -> list[Path]:
-    patterns = ("checkpoint-*", "model*.safetensors", "*_results.json", "trainer_state.json")
-    return [path for pattern in patterns for path in folder.glob(pattern)]
+def checkpoint_of(config: PALSConfig) -> Path | None:
+    return None if config.resume_from_checkpoint is None else Path(config.resume_from_checkpoint)
 
 
 def load_data(args: ScriptArguments) -> tuple[SegmentationData | SegmentationStream, FractionManifest | None]:
@@ -619,43 +566,18 @@ def prepare_output_dir(
     manifest: FractionManifest | None,
 ) -> None:
     """Make the folder this run's own. All input has been checked by now."""
-    folder = Path(config.output_dir)
-    if config.resume_from_checkpoint is not None:
-        recorded = Path(config.resume_from_checkpoint) / MANIFEST
-        # The name that it notes is that of a folder, which may be another one now.
-        if recorded.exists() and images_of(FractionManifest.load(recorded)) != images_of(manifest):
-            raise InputError(f"{config.resume_from_checkpoint} was trained on other images: see {recorded}")
-        refuse_other_loss(config)
-    if is_main_process():
-        refuse_other_history(folder, args, config)  # another run may have been here while the data was loaded
-        if not goes_on_in(folder, config):
-            described = (folder / name for name in (MANIFEST, SKIPPED, *PICTURES))
-            for path in (*files_of_a_run(folder), *filter(Path.exists, described)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        else:
-            discard_after(Path(config.resume_from_checkpoint))
-        if manifest is not None:
-            manifest.save(folder / MANIFEST)
-        if not args.streaming and data.skipped:
-            (folder / SKIPPED).write_text(json.dumps(data.skipped, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
-def refuse_other_loss(config: PALSConfig) -> None:
-    """A run goes on with the loss that it began with, also where defaults have changed since."""
-    checkpoint = Path(config.resume_from_checkpoint)
-    if not (checkpoint / CARD_DATA).exists():
+    folder, checkpoint = Path(config.output_dir), checkpoint_of(config)
+    if checkpoint is not None:
+        refuse_other_training(checkpoint, config, manifest)
+    if not is_main_process():
         return
-    card = CardData.load(checkpoint)
-    began, now = {"loss": card.loss, **card.loss_settings}, {"loss": config.loss, **loss_settings(config)}
-    other = [f"--{name} {value}" for name, value in began.items() if now.get(name) != value]
-    if other:
-        raise InputError(
-            f"{checkpoint} was trained with another loss: go on with {' '.join(other)}, or begin a new run"
-        )
-
-
-def images_of(manifest: FractionManifest | None) -> tuple[str, list[str]] | None:
-    return None if manifest is None else (manifest.fingerprint, manifest.ids)
+    refuse_other_run(folder, checkpoint, args.overwrite)  # one may have been here while the data was loaded
+    discard_other_run(folder, checkpoint)
+    if manifest is not None:
+        manifest.save(folder / MANIFEST)
+    (folder / SKIPPED).unlink(missing_ok=True)
+    if not args.streaming and data.skipped:
+        (folder / SKIPPED).write_text(json.dumps(data.skipped, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def train(trainer: PALSTrainer) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or not there, and output folders that belong to one run at a time."""
+"""Checkpoints that are complete or not there."""
 
 from __future__ import annotations
 
@@ -6,20 +6,14 @@ import json
 import os
 import re
 import shutil
-import socket
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from .errors import InputError
-
-# In a run's folder. What begins with an underscore is not pushed to the Hub.
-UNFINISHED = "_unfinished"  # what is being written or deleted
-LOCK = "_lock"
+# In a run's folder: what is being written or deleted. What begins with an underscore is not pushed to the Hub.
+UNFINISHED = "_unfinished"
 _REPLACED = "replaced-"
 _CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
@@ -109,26 +103,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def claimed(output_dir: str | os.PathLike) -> Iterator[None]:
-    """Make a folder, and keep other runs out of it until the block or the process ends, however that ends.
-
-    Raises:
-        InputError: another run has it.
-    """
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock, owner = FileLock(folder / LOCK), folder / f"{LOCK}-owner"
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
-        raise InputError(f"output_dir {folder} is in use by {who}: wait for it, or take another folder") from None
-    try:
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-        yield
-    finally:
-        owner.unlink(missing_ok=True)
-        lock.release()

@@ -8,8 +8,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from concurrent.futures import Future
 
 import pytest
@@ -22,14 +20,13 @@ from transformers import AutoModelForSemanticSegmentation
 from pals_hf import PALSTrainer, load_segmentation_dataset
 from pals_hf.checkpoints import (
     UNFINISHED,
-    claimed,
     clear_unfinished,
     discard_old_checkpoints,
     is_complete_checkpoint,
     last_complete_checkpoint,
 )
 from pals_hf.data import EvalTransform, TrainTransform, TransformedDataset
-from pals_hf.errors import InputError, TrainingError
+from pals_hf.errors import TrainingError
 from pals_hf.models import build_image_processor
 from pals_hf.nonfinite import keep_step
 
@@ -97,32 +94,6 @@ def test_old_checkpoints_make_room(limit, kept, left, tmp_path):
     discard_old_checkpoints(tmp_path, limit, {f"checkpoint-{step}" for step in kept})
     assert {int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*")} == left
     assert not list(tmp_path.glob(f"{UNFINISHED}/*"))
-
-
-class TestOneRunAFolder:
-    def test_is_kept_from_others_and_given_back(self, tmp_path):
-        with claimed(tmp_path / "run"):
-            with (
-                pytest.raises(InputError, match=f"run is in use by process {os.getpid()} on"),
-                claimed(tmp_path / "run"),
-            ):
-                pass
-            with pytest.raises(InputError, match="in use by"), claimed(tmp_path / "run"):  # still
-                pass
-        with claimed(tmp_path / "run"):
-            pass
-
-    def test_a_killed_run_holds_nothing(self, tmp_path):
-        code = f"from pals_hf.checkpoints import claimed; import time\nwith claimed({str(tmp_path)!r}): time.sleep(99)"
-        with subprocess.Popen([sys.executable, "-c", code]) as other:
-            deadline = time.time() + 60
-            while not list(tmp_path.glob("_lock-owner")) and time.time() < deadline:
-                time.sleep(0.05)
-            with pytest.raises(InputError, match=f"in use by process {other.pid} on"):
-                claimed(tmp_path).__enter__()
-            other.kill()
-        with claimed(tmp_path):
-            pass
 
 
 def sigterm_to_all():

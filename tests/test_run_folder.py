@@ -1,0 +1,102 @@
+"""One run at a time in a folder, one history, and where a run goes on."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from test_checkpoints import names, write_checkpoint
+from test_trainer import config
+
+from pals_hf.errors import InputError
+from pals_hf.run_folder import claimed, discard_other_run, find_checkpoint, refuse_other_run
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run of two checkpoints that was killed while it deleted a third."""
+    folder = tmp_path / "run"
+    for step in (5, 10):
+        write_checkpoint(folder / f"checkpoint-{step}")
+    write_checkpoint(folder / "checkpoint-20", state=None)
+    (folder / "eval_results.json").write_text("{}")
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+class TestOneRunAFolder:
+    def test_is_kept_from_others_and_given_back(self, tmp_path):
+        with claimed(tmp_path / "run"):
+            with (
+                pytest.raises(InputError, match=f"run is in use by process {os.getpid()} on"),
+                claimed(tmp_path / "run"),
+            ):
+                pass
+            with pytest.raises(InputError, match="in use by"), claimed(tmp_path / "run"):  # still
+                pass
+        with claimed(tmp_path / "run"):
+            pass
+
+    def test_a_killed_run_holds_nothing(self, tmp_path):
+        code = f"from pals_hf.run_folder import claimed; import time\nwith claimed({str(tmp_path)!r}): time.sleep(99)"
+        with subprocess.Popen([sys.executable, "-c", code]) as other:
+            deadline = time.time() + 60
+            while not list(tmp_path.glob("_lock-owner")) and time.time() < deadline:
+                time.sleep(0.05)
+            with pytest.raises(InputError, match=f"in use by process {other.pid} on"):
+                claimed(tmp_path).__enter__()
+            other.kill()
+        with claimed(tmp_path):
+            pass
+
+
+class TestFindCheckpoint:
+    def find(self, resume, output_dir):
+        return find_checkpoint(config(output_dir, resume_from_checkpoint=str(resume)))
+
+    @pytest.mark.parametrize("resume", ["last", "auto"])
+    def test_newest_complete_one(self, run_dir, resume):
+        assert self.find(resume, run_dir) == run_dir / "checkpoint-10"
+
+    def test_of_a_folder_or_by_its_own_path(self, run_dir, tmp_path):
+        assert self.find(run_dir, tmp_path / "new") == run_dir / "checkpoint-10"
+        assert self.find(run_dir / "checkpoint-5", run_dir) == run_dir / "checkpoint-5"
+
+    def test_none_to_go_on_from(self, run_dir, tmp_path):
+        assert self.find("auto", tmp_path / "new") is None
+        for resume in ("last", tmp_path / "new", run_dir / "checkpoint-20"):
+            with pytest.raises(InputError, match="there is no complete checkpoint at"):
+                self.find(resume, tmp_path / "new")
+
+
+class TestOneHistory:
+    def test_goes_on_from_its_newest_checkpoint(self, run_dir):
+        refuse_other_run(run_dir, run_dir / "checkpoint-10")
+
+    @pytest.mark.parametrize(
+        ("checkpoint", "message"),
+        [(None, "already holds a run"), ("checkpoint-5", "holds checkpoint-10, which is not")],
+    )
+    def test_another_needs_a_word(self, run_dir, checkpoint, message):
+        checkpoint = None if checkpoint is None else run_dir / checkpoint
+        with pytest.raises(InputError, match=message):
+            refuse_other_run(run_dir, checkpoint)
+        refuse_other_run(run_dir, checkpoint, overwrite=True)
+
+    def test_from_another_folder(self, run_dir, tmp_path):
+        refuse_other_run(tmp_path / "new", run_dir / "checkpoint-5")
+        write_checkpoint(tmp_path / "other" / "checkpoint-5")
+        with pytest.raises(InputError, match="other already holds a run"):
+            refuse_other_run(tmp_path / "other", run_dir / "checkpoint-5")
+
+    def test_a_file(self, run_dir):
+        with pytest.raises(InputError, match=r"notes.txt is a file"):
+            refuse_other_run(run_dir / "notes.txt", None, overwrite=True)
+
+    def test_what_is_replaced_goes_and_the_rest_stays(self, run_dir):
+        discard_other_run(run_dir, run_dir / "checkpoint-5")
+        assert [name for name in names(run_dir) if name.startswith("checkpoint")] == ["checkpoint-5"]
+        discard_other_run(run_dir, None)
+        assert not [name for name in names(run_dir) if name.startswith("checkpoint") or name.endswith(".json")]
+        assert (run_dir / "notes.txt").read_text() == "mine"
