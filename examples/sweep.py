@@ -43,7 +43,7 @@ from tqdm import tqdm
 from pals_hf.checkpoints import last_complete_checkpoint
 from pals_hf.errors import InputError
 from pals_hf.files import write_whole
-from pals_hf.model_card import processor_name, versions
+from pals_hf.model_card import CardData, processor_name, versions
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ def run_cell(cell: Cell, output_dir: Path, num_threads: int) -> dict[str, Any]:
     return {
         "place": cell.place,
         "flags": cell.flags,
+        "loss_settings": CardData.load(folder).loss_settings,  # flags leave to defaults what may change with a version
         "classes": list(json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"].values()),
         "metrics": metrics,
         "seconds": time.time() - begin,
@@ -172,7 +173,9 @@ def run_cells(
     Ray places the cells, retries them and survives lost machines. By default one cell takes a machine's cores.
     """
     done = {cell.name: result for cell in cells if (result := read_result(output_dir, cell)) is not None}
-    yield from ((cell, done[cell.name]) for cell in cells if cell.name in done)
+    for cell in (cell for cell in cells if cell.name in done):
+        discard_checkpoints(output_dir, cell)  # maybe killed before it could
+        yield cell, done[cell.name]
     wanted = [cell for cell in cells if cell.name not in done]
     if not wanted:
         return
@@ -194,12 +197,16 @@ def run_cells(
                 yield cell, error
                 continue
             write_whole(result_path(output_dir, cell), json.dumps(result, indent=2))
-            # The model stays; the optimizer's state was for going on.
-            for checkpoint in (output_dir / "runs" / cell.name).glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
+            discard_checkpoints(output_dir, cell)
             yield cell, result
     finally:
         ray.shutdown()
+
+
+def discard_checkpoints(output_dir: Path, cell: Cell) -> None:
+    """What a finished cell has no use for: its model stays, the optimizer's state was for going on."""
+    for checkpoint in (output_dir / "runs" / cell.name).glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
 
 
 def reason_of(error: Exception) -> str:

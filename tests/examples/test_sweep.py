@@ -19,6 +19,7 @@ sys.path.insert(0, str(EXAMPLES))
 import run_seg_pals  # noqa: E402
 import sweep  # noqa: E402
 
+from pals_hf import PALSLoss  # noqa: E402
 from pals_hf.errors import InputError  # noqa: E402
 
 SHORT = {"max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 1, "eval_strategy": "no"}
@@ -101,6 +102,7 @@ def test_is_cut_and_goes_on(folder, tmp_path):
     result = json.loads((results / "method=pals.json").read_text())
     assert result["place"] == {"method": "pals"}
     assert result["flags"]["loss"] == "pals"
+    assert result["loss_settings"]["tau"] == PALSLoss().affinity["tau"]  # which no flag gave
     assert 0 <= result["metrics"]["eval_mean_iou"] <= 1
     assert result["classes"] == ["ground", "wall", "sky", "car"]
     assert result["versions"]["torch"]
