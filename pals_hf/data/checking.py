@@ -6,6 +6,7 @@ from what the masks mean, so that the next run does not look again.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -108,6 +109,8 @@ def _look_at(example: dict[str, Any], classes: Classes) -> dict[str, Any]:
     try:
         _, labels, image_hash = read_pair(example, classes)
     except InputError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno not in (None, errno.ENOENT):
+            raise  # the disk or its permissions are to blame: not to be kept as what is wrong with the image
         return {**dict.fromkeys(_FOUND), "problem": str(error)}
     buffer = io.BytesIO()
     PILImage.fromarray(labels).save(buffer, format="png", compress_level=1)

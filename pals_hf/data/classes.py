@@ -49,10 +49,14 @@ class Classes:
 
     @classmethod
     def known(cls, name: str, void_labels: Iterable[int] = ()) -> Classes:
-        """The classes of a data set of the catalog: `cityscapes`, `voc2012`, `ade20k` or `camvid`."""
-        entry = json.loads(_CATALOG.read_text(encoding="utf-8"))[name]
-        names, colors = zip(*entry["classes"], strict=True)
-        values = {value: index for index, value in enumerate(entry["raw_values"])}
+        """The classes of a data set of the catalog: `cityscapes`, `voc2012`, `ade20k` or `camvid`.
+
+        Those whose value `void_labels` names are none, as in [`from_names`].
+        """
+        entry, void_labels = json.loads(_CATALOG.read_text(encoding="utf-8"))[name], tuple(void_labels)
+        wanted = [place for place, value in enumerate(entry["raw_values"]) if value not in void_labels]
+        names, colors = zip(*(entry["classes"][place] for place in wanted), strict=True)
+        values = {entry["raw_values"][place]: index for index, place in enumerate(wanted)}
         codes = _with_void(values, [*entry["void_values"], *void_labels])
         return cls(names, codes, colors=tuple(map(_parse_color, colors)), license=entry["license"])
 
@@ -60,7 +64,8 @@ class Classes:
     def from_names(cls, names: str | Path | Mapping, void_labels: Iterable[int] = ()) -> Classes:
         """From `{raw value: name}`, a JSON file of it, or a JSON list of names in the order of their values.
 
-        Values may have gaps: the classes are numbered in their order.
+        Values may have gaps: the classes are numbered in their order. What `void_labels` names is no class, whatever
+        its name: a network would have an output for it that is never right.
 
         Raises:
             InputError: `names` is no such mapping or file, names twice or too few or many, or a value that no class
@@ -74,6 +79,8 @@ class Classes:
             by_value = dict(sorted((int(value), str(name)) for value, name in names.items()))
         except (AttributeError, ValueError, TypeError) as error:
             raise InputError(f"{source} must map class indices to names, like {{'0': 'sky', '1': 'road'}}") from error
+        void_labels = tuple(void_labels)
+        by_value = {value: name for value, name in by_value.items() if value not in void_labels}
         _check_names(by_value.values(), source)
         for value in by_value:
             if not 0 <= value <= _MAX_VALUE:

@@ -229,7 +229,12 @@ class FractionManifest:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is not a readable fraction manifest: {error}") from error
-        if dataset is not None and not text.lstrip().startswith(("{", "[")):
+        if not text.lstrip().startswith(("{", "[")):
+            if dataset is None:
+                raise InputError(
+                    f"{path} is not a readable fraction manifest; a list of images needs all of them, which a stream "
+                    "has not"
+                )
             ids = _ids_of_list(text, dataset["id"], path)
             return cls._of(dataset, ids, "list", None, name, id2label)
         try:

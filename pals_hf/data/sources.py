@@ -64,13 +64,17 @@ class SegmentationData:
 
 @dataclass(frozen=True)
 class _Source:
-    """What a data set is before its masks are looked at. `fingerprints` stand for the contents of its splits."""
+    """What a data set is before its masks are looked at. `fingerprints` stand for the contents of its splits.
+
+    `has_ids`: its images have names of their own, not only places.
+    """
 
     name: str
     splits: dict[str, Dataset]
     classes: Classes
     fingerprints: dict[str, str] = field(default_factory=dict)
     revision: str | None = None
+    has_ids: bool = True
 
 
 def load_segmentation_dataset(
@@ -167,6 +171,7 @@ class SegmentationStream:
         classes: what the masks mean.
         name: where it comes from.
         revision: as in [`SegmentationData`].
+        has_ids: whether the images have ids of their own, that the data set has too when it is not streamed.
     """
 
     train: IterableDataset
@@ -174,6 +179,7 @@ class SegmentationStream:
     classes: Classes
     name: str
     revision: str | None = None
+    has_ids: bool = True
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -213,7 +219,13 @@ def stream_segmentation_dataset(
     if "validation" not in source.splits:
         raise InputError(f"{source.name} has no validation split, and none can be cut off a stream")
     streams = {split: _as_stream(source.splits[split]) for split in ("train", "validation")}
-    return SegmentationStream(**streams, classes=source.classes, name=source.name, revision=source.revision)
+    return SegmentationStream(
+        **streams,
+        classes=source.classes,
+        name=source.name,
+        revision=source.revision,
+        has_ids=source.has_ids,
+    )
 
 
 def _as_stream(split: Dataset | IterableDataset) -> IterableDataset:
@@ -301,9 +313,15 @@ def _read_columns(
         name if folder is None else Path(name).resolve().name,  # the way there is nobody's business
         {split: _rename(dataset, split, image_column, label_column) for split, dataset in chosen.items()},
         replace(_classes(id2label, palette, folder or Path(), void_labels), license=license),
-        {} if streaming else {s: f"{part._fingerprint} {image_column} {label_column}" for s, part in chosen.items()},
+        {} if streaming else {s: f"{_fingerprint(part)} {image_column} {label_column}" for s, part in chosen.items()},
         revision,
+        has_ids="id" in features,
     )
+
+
+def _fingerprint(split: Dataset) -> str:
+    """What `datasets` knows of it, which for pictures may be their paths only, and the state of the files it is in."""
+    return f"{split._fingerprint} {fingerprint_of_files([file['filename'] for file in split.cache_files])}"
 
 
 def _open_splits(name: str, config: str | None, streaming: bool) -> dict[str, Dataset | IterableDataset]:
@@ -471,6 +489,32 @@ def _prefix_ids(split: Dataset, name: str) -> Dataset:
     """The split with ids that no other split has: those from folders are paths below it."""
     ids = Dataset.from_dict({"id": [f"{name}/{id}" for id in split["id"]]})
     return concatenate_datasets([ids, split.remove_columns("id")], axis=1)
+
+
+def hold_out(
+    data: SegmentationData,
+    *,
+    share: float | None = None,
+    pattern: str | None = None,
+    seed: int = 0,
+    skip_bad_samples: bool = False,
+) -> SegmentationData:
+    """The data with some of its training images in the place of the validation split, to choose settings by.
+
+    Args:
+        data: as [`load_segmentation_dataset`] gives it.
+        share, pattern: give one: the share of the images, or a regular expression that their ids match.
+        seed: of the share.
+        skip_bad_samples: leave out training images that are also held out, instead of raising.
+
+    Raises:
+        InputError: none would be held out, or none left, or an image is on both sides.
+    """
+    train, held_out = cut_validation(data.train, share, seed) if pattern is None else cut_matching(data.train, pattern)
+    train, leaked = _without_leaks(train, held_out)
+    if not skip_bad_samples:
+        _raise_first(leaked)
+    return replace(data, train=train, validation=held_out, skipped=data.skipped | leaked)
 
 
 def _part(dataset: Dataset, held_out: set[str]) -> tuple[Dataset, Dataset]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import InputError
 from .checking import read_pair
@@ -39,7 +39,7 @@ class StreamedDataset(IterableDataset):
         shuffle: mix the order, anew in every epoch, in a buffer of some hundred images.
         repeat: begin the next epoch at the end of one, for training: a trainer knows the epochs of a stream neither
             when it resumes nor when it accumulates batches. So to `Trainer` the run is a single one.
-        ids: keep only these.
+        ids: keep only these. Without workers a pass that does not find them all raises `InputError` at its end.
         skip_bad_samples: leave out what is wrong instead of raising `InputError`. Every process decodes every image
             then, because all must agree on the order.
     """
@@ -92,15 +92,20 @@ class StreamedDataset(IterableDataset):
         if self.shuffle:  # not by its own set_epoch: workers may be in different epochs
             generator = np.random.default_rng([self.seed, epoch])
             stream = stream.shuffle(generator=generator, buffer_size=SHUFFLE_BUFFER)
+        missing = set(self.ids or ())
         for row in stream:
             if self.ids is not None and row["id"] not in self.ids:
                 continue
+            missing.discard(row["id"])
             if self.skip_bad_samples:
                 try:
                     read_pair(row, self.classes)
                 except InputError:
                     continue
             yield row
+        if missing and get_worker_info() is None:  # a worker sees a part of the stream
+            number = f"{len(missing)} of {len(self.ids)}"
+            raise InputError(f"{number} images that the stream is to keep are not in it, like {min(missing)!r}")
 
     def load(self, row: dict[str, Any], epoch: int, is_filler: bool) -> dict[str, Tensor | str]:
         """Decode, check and transform one example."""

@@ -53,3 +53,12 @@ def test_a_class_cannot_be_255(tmp_path):
 def test_void_labels_may_be_any_iterable(classes):
     mask = Image.fromarray(np.uint8([[0, 77, 78]]))
     assert classes(value for value in (77, 78)).encode(mask).tolist() == [[0, 255, 255]]
+
+
+def test_a_named_void_value_is_no_class():
+    classes = Classes.from_names({0: "void", 1: "sky", 2: "road"}, void_labels=[0])
+    assert classes.id2label == {0: "sky", 1: "road"}
+    assert classes.codes == {1: 0, 2: 1, 0: 255, 255: 255}
+    known = Classes.known("camvid", [0])
+    assert len(known.names) == len(known.colors) == 10
+    assert (known.names[0], known.codes[0], known.codes[1]) == ("building", 255, 0)

@@ -1,8 +1,10 @@
+import errno
 import json
 import os
 import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from PIL import ImageOps
 
 from pals_hf import load_segmentation_dataset
 from pals_hf.data import EvalTransform, checking
-from pals_hf.data.sources import cut_matching
+from pals_hf.data.sources import hold_out
 from pals_hf.errors import InputError
 from pals_hf.models import build_image_processor
 
@@ -138,17 +140,33 @@ class TestFolder:
         assert any(other != data.validation["id"] for other in others)
 
     def test_images_of_one_kind_are_held_out(self, folder):
-        train = load(folder).train
-        left, held_out = cut_matching(train, "street [12]$")
-        assert [id[-1] for id in held_out["id"]] == ["1", "2"]
-        assert sorted([*left["id"], *held_out["id"]]) == sorted(train["id"])
+        data = load(folder)
+        cut = hold_out(data, pattern="street [12]$")
+        assert [id[-1] for id in cut.validation["id"]] == ["1", "2"]
+        assert sorted([*cut.train["id"], *cut.validation["id"]]) == sorted(data.train["id"])
         for pattern, problem in (
             ("alley", "matches 0 of the 8"),
             ("street", "matches 8 of the 8"),
             ("(", "no regular"),
         ):
             with pytest.raises(InputError, match=problem):
-                cut_matching(train, pattern)
+                hold_out(data, pattern=pattern)
+
+    def test_a_share_is_held_out(self, folder):
+        data = load(folder)
+        cut = hold_out(data, share=0.25)
+        assert (len(cut.train), len(cut.validation)) == (6, 2)
+        assert sorted([*cut.train["id"], *cut.validation["id"]]) == sorted(data.train["id"])
+
+    def test_what_is_held_out_is_not_trained_on_under_another_name(self, folder):
+        shutil.copy(folder / "train" / "images" / "street 1.jpg", folder / "train" / "images" / "copy.jpg")
+        shutil.copy(folder / "train" / "masks" / "street 1.png", folder / "train" / "masks" / "copy.png")
+        data = load(folder)
+        with pytest.raises(InputError, match="training image 'copy' is also validation image 'street 1'"):
+            hold_out(data, pattern="street [12]$")
+        cut = hold_out(data, pattern="street [12]$", skip_bad_samples=True)
+        assert "copy" not in cut.train["id"]
+        assert list(cut.skipped) == ["train/copy"]
 
     def test_folds_cover_all_images_once(self, folder):
         folds = [load(folder, num_folds=3, fold=fold) for fold in range(3)]
@@ -196,10 +214,21 @@ class TestFolder:
             np.array(m).tobytes() for m in expected.train["labels"]
         ]
         with pytest.raises(pytest.fail.Exception):  # void means something else now
-            load(folder, void_labels=[RAW_VOID, 3])
+            load(folder, void_labels=[RAW_VOID, 77])
         rewrite_mask(folder, lambda mask: mask)
         with pytest.raises(pytest.fail.Exception):  # a file was written
             load(folder)
+
+    def test_what_a_disk_failed_to_read_is_read_again(self, folder, monkeypatch):
+        def fail(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", fail)
+            with pytest.raises(InputError, match="Permission denied"):
+                load(folder, skip_bad_samples=True)
+        data = load(folder, skip_bad_samples=True)
+        assert (len(data.train), data.skipped) == (8, {})
 
     def test_several_processes_check_the_same(self, folder):
         with_one, with_two = load(folder), load(folder, void_labels=[RAW_VOID, 77], num_proc=2)
@@ -394,6 +423,27 @@ class TestColumns:
             assert [np.array(mask).tobytes() for mask in ours["labels"]] == [
                 np.array(mask).tobytes() for mask in theirs["labels"]
             ]
+
+    def test_masks_that_were_corrected_and_saved_again(self, saved, folder, tmp_path):
+        """The fingerprint of `datasets` is that of the files' names here."""
+
+        def save():
+            images, masks = (sorted((folder / "train" / kind).iterdir()) for kind in ("images", "masks"))
+            features = Features({"image": Image(), "labels": Image()})
+            columns = {"image": list(map(str, images)), "labels": list(map(str, masks))}
+            Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "again")
+
+        def read():
+            options = {"id2label": folder / "id2label.json", "void_labels": [RAW_VOID]}
+            data = load_segmentation_dataset(str(tmp_path / "again"), validation_share=0.5, **options)
+            return sorted([*data.train["labels_sha256"], *data.validation["labels_sha256"]])
+
+        save()
+        before = read()
+        assert read() == before
+        rewrite_mask(folder, lambda mask: np.where(mask == 3, 2, mask).astype(np.uint8))
+        save()
+        assert len(set(read()) & set(before)) == len(before) - 1
 
     def test_missing_columns(self, saved):
         with pytest.raises(InputError, match=r"image_column: no column 'image' or .*'photo': 'Image'"):

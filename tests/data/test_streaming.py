@@ -173,5 +173,7 @@ class TestTraining:
         with pytest.raises(InputError, match=r"must end: use"):
             PALSTrainer(tiny_segformer(), args).evaluate(streamed(stream, repeat=True))
 
-    def test_of_nothing_ends(self, stream):
-        assert ids_of(streamed(stream, ids=["elsewhere"], repeat=True)) == []
+    @pytest.mark.parametrize("ids", [["elsewhere"], ["elsewhere", "street 3"]])
+    def test_what_is_not_in_it(self, stream, ids):
+        with pytest.raises(InputError, match=f"1 of {len(ids)} images that .* are not in it, like 'elsewhere'"):
+            ids_of(streamed(stream, ids=ids, repeat=True))
