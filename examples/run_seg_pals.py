@@ -44,6 +44,7 @@ from transformers import (
 from transformers.utils import is_matplotlib_available
 
 from pals_hf import PALSConfig, PALSTrainer, load_segmentation_dataset
+from pals_hf.checkpoints import is_complete_checkpoint
 from pals_hf.data import (
     IGNORE_INDEX,
     EvalTransform,
@@ -60,7 +61,7 @@ from pals_hf.data.checking import read_pair
 from pals_hf.data.degrade import label_by_clicks, mislabel
 from pals_hf.data.fractions import MANIFEST, METHODS
 from pals_hf.data.resizing import cache_resized
-from pals_hf.data.sources import cut_matching, cut_validation
+from pals_hf.data.sources import hold_out
 from pals_hf.errors import InputError, PushError, TrainingError
 from pals_hf.functional import PADDING_INDEX
 from pals_hf.inference import load_for_inference, predict
@@ -297,11 +298,13 @@ def main(argv: list[str] | None = None) -> None:
         choose_output_dir(args, config)
         data, manifest = load_data(args)
         trainer = build_trainer(args, config, data, manifest)
+        alone = claimed(config.output_dir) if is_main_process() else nullcontext()
         if args.eval_only:
-            report(trainer, data, trainer.evaluate(), args.model_name_or_path)
+            with alone:
+                report(trainer, data, trainer.evaluate(), args.model_name_or_path)
         else:
             trainer.rehearse()
-            with claimed(config.output_dir) if is_main_process() else nullcontext():
+            with alone:
                 prepare_output_dir(args, config, data, manifest)
                 train(trainer)
                 report(trainer, data, trainer.evaluate(), config.output_dir)
@@ -317,7 +320,10 @@ def fail(error: InputError | TrainingError | PushError) -> NoReturn:
     if not is_main_process():
         # The launcher ends all processes once one has failed: let it be the one that speaks.
         time.sleep(10)
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    text = str(error)
+    if text.startswith("Caught "):  # in a worker of a DataLoader: torch puts its traceback into the message
+        text = text.rpartition(f"{type(error).__name__}: ")[2]
+    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     sys.exit(2 if isinstance(error, InputError) else 1)
 
 
@@ -374,9 +380,11 @@ def set_threads(num_threads: int | None) -> None:
 
 
 def choose_output_dir(args: ScriptArguments, config: PALSConfig) -> None:
-    """Settle where the run goes and what it resumes; nothing is written yet but a checkpoint from the Hub."""
+    """Settle, for all processes, where the run goes and what it resumes: only a checkpoint from the Hub is written."""
     if config.resume_from_checkpoint is not None:
-        checkpoint = find_checkpoint(config)
+        checkpoint = broadcast_object_list([find_checkpoint(config) if is_main_process() else None])[0]
+        if checkpoint is not None and not is_complete_checkpoint(checkpoint):
+            raise InputError(f"{checkpoint} is not seen by every process: resume where all machines share the disk")
         config.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
         config.output_dir = config.output_dir or str(checkpoint.parent)
         if is_main_process():
@@ -399,18 +407,18 @@ def load_data(args: ScriptArguments) -> tuple[SegmentationData | SegmentationStr
         datasets.disable_progress_bars()
     if args.streaming:
         chosen = None if args.train_manifest is None else FractionManifest.load(args.train_manifest)
-        return stream_segmentation_dataset(**source_of(args)), chosen
+        stream = stream_segmentation_dataset(**source_of(args))
+        if chosen is not None and not stream.has_ids:
+            raise InputError(f"train_manifest: {stream.name} has no column id, so a stream cannot tell its images")
+        return stream, chosen
     data = read_data(args, args.skip_bad_samples)
     every = data.train
+    if args.tuning_share is not None or args.tuning_ids is not None:
+        how = {"share": args.tuning_share, "pattern": args.tuning_ids, "seed": args.validation_seed}
+        data = hold_out(data, **how, skip_bad_samples=args.skip_bad_samples)
     if is_main_process():
         for name, problem in data.skipped.items():
             print(f"skipped {name}: {problem}", file=sys.stderr)
-    if args.tuning_share is not None:
-        train, held_out = cut_validation(data.train, args.tuning_share, args.validation_seed)
-        data = replace(data, train=train, validation=held_out)
-    if args.tuning_ids is not None:
-        train, held_out = cut_matching(data.train, args.tuning_ids)
-        data = replace(data, train=train, validation=held_out)
     record = {"name": data.name, "id2label": data.id2label}
     if args.train_manifest is not None:
         manifest = FractionManifest.load(args.train_manifest, data.train, **record)

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 from run_seg_pals import fail
 from scipy import stats
-from sweep import read_cells, read_result, reason_of, run_cells
+from sweep import Cell, read_cells, read_result, reason_of, run_cells
 from tqdm import tqdm
 
 from pals_hf.errors import InputError
@@ -76,17 +77,42 @@ class Difference:
         return f"{self.difference:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
 
 
+def read_study(folder: Path, baselines: Sequence[str] = ()) -> list[Cell]:
+    """All cells of a study's recipe.
+
+    Raises:
+        InputError: its axes are not those of a study, a fraction is no number, or a baseline none of its methods.
+    """
+    path = folder / "recipe.yaml"
+    cells = read_cells(path)
+    for cell in cells:
+        if set(cell.place) != set(AXES):
+            raise InputError(f"{path}: the axes of a study are {', '.join(AXES)}, got {cell.name}")
+        if not is_number(cell.place["train_fraction"]):
+            raise InputError(
+                f"{path}: train_fraction {cell.place['train_fraction']} must be a number, or named by one"
+            )
+    methods = list(dict.fromkeys(cell.place["method"] for cell in cells))
+    for baseline in baselines:
+        if baseline not in methods:
+            raise InputError(f"baseline {baseline} is no method of {path}: {methods}")
+    return cells
+
+
+def is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 class Results:
     """All results of a study: `cells[method, fraction]` is `{pair: result}`, `fractions` those that have any."""
 
     def __init__(self, folder: Path):
         self.cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-        cells = read_cells(folder / "recipe.yaml")
+        cells = read_study(folder)
         for cell in cells:
-            if set(cell.place) != set(AXES):
-                raise InputError(
-                    f"{folder / 'recipe.yaml'}: the axes of a study are {', '.join(AXES)}, got {cell.name}"
-                )
             result = read_result(folder, cell)
             if result is not None:
                 key = cell.place["method"], cell.place["train_fraction"]
@@ -321,7 +347,7 @@ def plot_reliability(results: Results, path: Path, baseline: str) -> None:
 
 def run_missing(folder: Path, options: dict[str, Any]) -> bool:
     """Train what is missing; whether all of it worked."""
-    cells, worked = read_cells(folder / "recipe.yaml"), True
+    cells, worked = read_study(folder), True
     with tqdm(total=len(cells), desc="runs") as progress:
         for cell, result in run_cells(cells, folder, **options):
             progress.update()
@@ -346,12 +372,10 @@ def main(argv: list[str] | None = None) -> None:
     options = vars(parser.parse_args(argv))
     folder, baselines, worked = options.pop("study"), options.pop("baseline"), True
     try:
+        read_study(folder, baselines)  # before days of training
         if options.pop("run"):
             worked = run_missing(folder, options)
         results = Results(folder)
-        for baseline in baselines:
-            if baseline not in results.methods:
-                raise InputError(f"baseline {baseline} is no method of {folder / 'recipe.yaml'}: {results.methods}")
         if not results.cells:
             raise InputError(f"{folder} has no results yet: --run makes them")
     except InputError as error:

@@ -111,10 +111,26 @@ def read_result(output_dir: Path, cell: Cell) -> dict[str, Any] | None:
     return result
 
 
+def refuse_other_flags(output_dir: Path, cell: Cell) -> None:
+    """A cell that was cut goes on with the flags that it began with.
+
+    Raises:
+        InputError: the recipe has others now.
+    """
+    began, folder = begun_path(output_dir, cell), output_dir / "runs" / cell.name
+    if began.exists() and json.loads(began.read_text(encoding="utf-8")) != json.loads(json.dumps(cell.flags)):
+        raise InputError(f"{folder} was begun with other flags than the recipe has now: delete it, with {began}")
+
+
+def begun_path(output_dir: Path, cell: Cell) -> Path:
+    return output_dir / "runs" / f"{cell.name}.flags.json"
+
+
 def run_cell(cell: Cell, output_dir: Path, num_threads: int) -> dict[str, Any]:
     """Train one cell, from its last checkpoint if it has one, and return what there is to know of it."""
     folder, begin = output_dir / "runs" / cell.name, time.time()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(begun_path(output_dir, cell), json.dumps(cell.flags))
     go_on = last_complete_checkpoint(folder) is not None
     flags = {**cell.flags, "output_dir": str(folder), "num_threads": num_threads, "disable_tqdm": True}
     how = ["--resume_from_checkpoint", "last"] if go_on else ["--overwrite"]
@@ -179,10 +195,15 @@ def run_cells(
     wanted = [cell for cell in cells if cell.name not in done]
     if not wanted:
         return
+    for cell in wanted:
+        refuse_other_flags(output_dir, cell)
     (output_dir / "results").mkdir(parents=True, exist_ok=True)
     ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        cpus = cpus_per_cell or int(min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cpus = cpus_per_cell or int(min(node.get("CPU", 1) for node in nodes))
+        if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus_per_cell for node in nodes):
+            raise InputError(f"no machine has {cpus} cores and {gpus_per_cell:g} GPUs: a cell would wait for ever")
         # One cell a process: what a training leaves behind - memory, threads, a state of its own - ends with it.
         remote = ray.remote(
             num_cpus=cpus, num_gpus=gpus_per_cell, max_retries=retries, retry_exceptions=True, max_calls=1

@@ -69,7 +69,7 @@ def push_command(
 
 def create_repo(
     repo_id: str,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike | None,
     private: bool | None = None,
     token: str | None = None,
     *,
@@ -79,7 +79,7 @@ def create_repo(
 
     Args:
         repo_id: NAME or OWNER/NAME.
-        folder: of the run.
+        folder: of the run, None before it has anything to push.
         private: whether a new repository is private.
         token, later: see [`push_folder`].
 
@@ -218,7 +218,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _persistently(
-    call: Callable[[], Result], repo_id: str, folder: str | os.PathLike, token: str | None, later: str
+    call: Callable[[], Result], repo_id: str, folder: str | os.PathLike | None, token: str | None, later: str
 ) -> Result:
     """Call it, and again where what went wrong may pass."""
     retrying = tenacity.Retrying(
@@ -232,13 +232,13 @@ def _persistently(
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # the client has no base of its own for them
         times = f", {_TRIES} times" if _may_pass(error) else ""
         reason = f"{_reason(error, repo_id, token, 'write to')}{times}"
-        raise PushError(f"not pushed to {repo_id}: {reason}. {_what_is_left(Path(folder), later)}") from error
+        raise PushError(f"not pushed to {repo_id}: {reason}. {_what_is_left(folder, later)}") from error
 
 
-def _what_is_left(folder: Path, later: str) -> str:
-    if (folder / CARD_DATA).exists():
+def _what_is_left(folder: str | os.PathLike | None, later: str) -> str:
+    if folder is not None and (Path(folder) / CARD_DATA).exists():
         return f"Everything is still in {folder}; push it later with: {later}"
-    checkpoint = last_complete_checkpoint(folder)
+    checkpoint = None if folder is None else last_complete_checkpoint(folder)
     if checkpoint is not None:
         words = shlex.split(later)
         words[words.index(str(folder))] = str(checkpoint)

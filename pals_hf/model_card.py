@@ -46,18 +46,24 @@ _NO_SETTINGS = re.compile(
     r"log.*|save_.*|eval_(strategy|steps|on_start|delay|accumulation_steps|calibration)|dataloader_.*|ddp_.*|fsdp.*|"
     r"deepspeed|accelerator_config|use_cpu|local_rank|skip_memory_metrics"
 )
-_PALS_SETTINGS = (
-    "beta",
-    "beta_schedule",
-    "adaptive_beta",
-    "tau",
-    "temperature",
-    "affinity_source",
-    "pairs",
-    "teacher",
-    "teacher_view",
-)
-_LOSS_SETTINGS = {"pals": _PALS_SETTINGS, "label_smoothing": ("smoothing",), "ce": ()}
+# What each loss depends on. A card says those of the first lists in its text, the others where they are no defaults.
+_SAID_SETTINGS = {
+    "pals": (
+        *("beta", "beta_schedule", "adaptive_beta", "tau", "temperature"),
+        *("affinity_source", "pairs", "teacher", "teacher_view"),
+    ),
+    "label_smoothing": ("smoothing",),
+    "ce": (),
+}
+_OTHER_SETTINGS = {
+    "pals": (
+        *("beta_warmup", "encoder_stage", "include_self", "void_keys", "propagation_steps", "propagation_weight"),
+        *("anchor_weight", "affinity_stride", "affinity_pooling", "max_affinity_cells", "distill_void", "ema_decay"),
+        "class_weighting",
+    ),
+    "label_smoothing": ("class_weighting",),
+    "ce": ("class_weighting",),
+}
 LOSS_NAMES = {
     "pals": "PALS, pixel-wise adaptive label smoothing",
     "ce": "plain cross-entropy",
@@ -129,8 +135,9 @@ class CardData:
         model_name: its repository on the Hub, or the name of its folder.
         architecture: class of the network.
         id2label: class index to name.
-        loss, loss_settings: what it was trained with.
-        settings: what else differs from the defaults of `PALSConfig`, and those of the data pipeline.
+        loss, loss_settings: what it was trained with, defaults included.
+        settings: what differs from the defaults of `PALSConfig` beside `said_settings`, and from those of the data
+            pipeline.
         base_model, base_model_revision: the checkpoint it started from.
         step, epoch: how long these weights were trained.
         best_of: the steps of the whole training, where these are the weights of its best checkpoint.
@@ -172,6 +179,11 @@ class CardData:
     def loss_name(self) -> str:
         return LOSS_NAMES[self.loss]
 
+    @property
+    def said_settings(self) -> dict[str, Any]:
+        """Those settings of the loss that a card names whatever they are."""
+        return {name: value for name, value in self.loss_settings.items() if name in _SAID_SETTINGS[self.loss]}
+
     @classmethod
     def load(cls, folder: str | os.PathLike) -> CardData:
         """Read the data of the card that lies in a folder.
@@ -207,12 +219,12 @@ def pictures_in(folder: str | os.PathLike) -> tuple[str, ...]:
 
 def loss_settings(args: PALSConfig) -> dict[str, Any]:
     """What the loss of a training depends on, defaults included."""
-    return {name: getattr(args, name) for name in _LOSS_SETTINGS[args.loss]}
+    return {name: getattr(args, name) for name in (*_SAID_SETTINGS[args.loss], *_OTHER_SETTINGS[args.loss])}
 
 
 def settings(args: PALSConfig) -> dict[str, Any]:
-    """What differs from the defaults of `PALSConfig`, but for what the loss says itself."""
-    said, values = {"loss"}.union(*_LOSS_SETTINGS.values()), args.to_dict()
+    """What differs from the defaults of `PALSConfig`, but for what a card says of every loss."""
+    said, values = {"loss"}.union(*_SAID_SETTINGS.values()), args.to_dict()
     wanted = [f for f in dataclasses.fields(args) if f.name not in said and not _NO_SETTINGS.fullmatch(f.name)]
     # None, False and an empty list are all the same: not wanted.
     return {f.name: values[f.name] for f in wanted if (values[f.name] or None) != (_default(f) or None)}
@@ -315,7 +327,7 @@ def _header(card: CardData):
         library_name="transformers",
         pipeline_tag="image-segmentation",
         license=facts.license,
-        base_model=card.base_model if _is_hub_id(card.base_model or "") else None,
+        base_model=card.base_model if is_hub_id(card.base_model or "") else None,
         base_model_revision=card.base_model_revision,
         datasets=[facts.dataset_id] if facts.dataset_id else None,
         tags=["pals", f"loss-{card.loss.replace('_', '-')}", *share, "semantic-segmentation", "vision"],
@@ -332,10 +344,11 @@ def public_name(name_or_path: str | None) -> str | None:
     """What others may read of a checkpoint's name: its repository, or the name of its folder, not the way there."""
     if not name_or_path:
         return None
-    return name_or_path if _is_hub_id(name_or_path) else Path(name_or_path).resolve().name
+    return name_or_path if is_hub_id(name_or_path) else Path(name_or_path).resolve().name
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether it can be a repository on the Hub, OWNER/NAME, and is no path here."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 

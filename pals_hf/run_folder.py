@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 from .checkpoints import discard_after, is_complete_checkpoint, last_complete_checkpoint
@@ -19,10 +17,9 @@ from .data import FractionManifest
 from .data.fractions import MANIFEST
 from .errors import InputError
 from .hub import download_checkpoint
-from .model_card import CARD_DATA, PICTURES, CardData, loss_settings
+from .model_card import CARD_DATA, PICTURES, CardData, is_hub_id, loss_settings
 
 LOCK = "_lock"  # what begins with an underscore is not pushed to the Hub
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @contextmanager
@@ -52,8 +49,9 @@ def find_checkpoint(config: PALSConfig) -> Path | None:
     """The checkpoint that `config.resume_from_checkpoint` means.
 
     `last` and a run's folder are its newest complete one, and so is `auto`, which starts anew where there is none; a
-    checkpoint's own path is that. All processes call it: of a repository on the Hub, OWNER/NAME, the main one fetches
-    the checkpoint into `config.output_dir`, by default `runs/NAME`.
+    checkpoint's own path is that. Of a repository on the Hub, OWNER/NAME, the checkpoint is fetched into
+    `config.output_dir`, by default `runs/NAME`. With several processes the main one calls this: another run may just
+    be writing a newer one.
 
     Returns:
         The checkpoint's folder, or None for a new start.
@@ -65,7 +63,7 @@ def find_checkpoint(config: PALSConfig) -> Path | None:
     if resume == "auto" and not output_dir:
         raise InputError("resume_from_checkpoint auto needs the run's output_dir")
     path = Path(output_dir or ".") if resume in ("last", "auto") else Path(resume)
-    if not path.exists() and _REPO_ID.fullmatch(resume):
+    if is_hub_id(resume):
         return _fetch(resume, Path(output_dir or f"runs/{path.name}"), config)
     checkpoint = path if is_complete_checkpoint(path) else last_complete_checkpoint(path)
     if checkpoint is None and resume != "auto":
@@ -73,18 +71,20 @@ def find_checkpoint(config: PALSConfig) -> Path | None:
     return checkpoint
 
 
-def _fetch(repo_id: str, run_dir: Path, config: PALSConfig) -> Path | None:
-    state = PartialState()
-    with state.main_process_first():
-        if not state.is_main_process:
-            return last_complete_checkpoint(run_dir)
-        if _files_of_a_run(run_dir):
-            raise InputError(
-                f"output_dir {run_dir} already holds a run: use --resume_from_checkpoint last, or another folder for "
-                f"that of {repo_id}"
-            )
+def _fetch(repo_id: str, run_dir: Path, config: PALSConfig) -> Path:
+    if _files_of_a_run(run_dir):
+        raise InputError(
+            f"output_dir {run_dir} already holds a run: use --resume_from_checkpoint last, or another folder for that "
+            f"of {repo_id}"
+        )
+    is_new = not run_dir.exists()
+    try:
         with claimed(run_dir):
             return download_checkpoint(repo_id, run_dir, config.hub_revision, config.hub_token)
+    except InputError as error:
+        if is_new:
+            shutil.rmtree(run_dir)
+        raise InputError(f"resume_from_checkpoint {repo_id}: there is no such folder, and {error}") from error
 
 
 def refuse_other_run(run_dir: Path, checkpoint: Path | None, overwrite: bool = False) -> None:
@@ -97,21 +97,24 @@ def refuse_other_run(run_dir: Path, checkpoint: Path | None, overwrite: bool = F
 
     Raises:
         InputError: the folder holds another run, or later checkpoints than `checkpoint`, which would be taken for
-            those of the new run; or it is a file.
+            those of the new run; or it cannot be made or written to.
     """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise InputError(f"output_dir {run_dir} is a file")
+    place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise InputError(f"output_dir {run_dir}: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"output_dir {run_dir}: {place} may not be written to")
+    goes_on_here = _goes_on_in(run_dir, checkpoint)
+    if goes_on_here and not is_complete_checkpoint(checkpoint):
+        raise InputError(f"{checkpoint} is gone: another run has taken output_dir {run_dir} meanwhile")
     if overwrite:
         return
-    if not _goes_on_in(run_dir, checkpoint):
-        if _files_of_a_run(run_dir):
-            raise InputError(
-                f"output_dir {run_dir} already holds a run: use --overwrite, --resume_from_checkpoint or another "
-                "folder"
-            )
-        return
+    if not goes_on_here and _files_of_a_run(run_dir):
+        raise InputError(
+            f"output_dir {run_dir} already holds a run: use --overwrite, --resume_from_checkpoint or another folder"
+        )
     newest = last_complete_checkpoint(run_dir)
-    if newest.name != checkpoint.name:
+    if goes_on_here and newest.name != checkpoint.name:
         raise InputError(
             f"output_dir {run_dir} holds {newest.name}, which is not what the run would go on from: "
             "use --resume_from_checkpoint last, --overwrite to discard it, or another folder"

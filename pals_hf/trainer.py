@@ -39,6 +39,7 @@ from .checkpoints import (
     UNFINISHED,
     clear_unfinished,
     discard_old_checkpoints,
+    is_complete_checkpoint,
     last_complete_checkpoint,
     publish,
     publish_files,
@@ -564,6 +565,18 @@ class PALSTrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(written / TRAINER_STATE_NAME))
 
+    def _find_best(self) -> None:
+        """Where the best checkpoint of a resumed run is now. Where it is not, a worse one than it may be the best."""
+        step = self.state.best_global_step
+        if not (self.args.load_best_model_at_end and step) or self.state.best_model_checkpoint is not None:
+            return
+        best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if is_complete_checkpoint(best):
+            self.state.best_model_checkpoint = str(best)
+        else:
+            logger.warning("The best checkpoint, of step %d, is not here: the search for the best begins anew.", step)
+            self.state.best_metric = self.state.best_global_step = None
+
     def _discard_old_checkpoints(self, run_dir: Path, kept: set[str]) -> None:
         kept.add(os.path.basename(self.state.best_model_checkpoint or ""))
         kept.update(folder.name for job, folder in self._on_their_way if not job.done())
@@ -713,7 +726,10 @@ class PALSTrainer(Trainer):
             revision=self.args.hub_revision,
             license=self.card_facts.license,
         )
-        self.hub_model_id = create_repo(name, self.args.output_dir, private, token or self.args.hub_token, later=later)
+        # At the start of a new run, what its folder holds is of another one, which it will replace.
+        is_start = not hasattr(self, "state") and self.args.resume_from_checkpoint is None
+        folder = None if is_start else self.args.output_dir
+        self.hub_model_id = create_repo(name, folder, private, token or self.args.hub_token, later=later)
         self.push_in_progress = None
 
     def push_to_hub(
@@ -917,6 +933,7 @@ class _TrainingCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._began, self.trainer._best = time.monotonic(), None
+        self.trainer._find_best()
         self.trainer._labels_checked = False
         if self.trainer._average is not None:
             self.trainer._average.to(args.device)

@@ -251,6 +251,27 @@ class TestSaving:
         saved = json.loads((last / "trainer_state.json").read_text())
         assert state.best_model_checkpoint == saved["best_model_checkpoint"] == str(first)
 
+    @pytest.mark.parametrize("is_there", [True, False])
+    def test_the_best_model_of_a_run_that_goes_on_elsewhere(self, tmp_path, is_there):
+        """Fetched from the Hub, a run has its last checkpoint only: then the best of the rest is what it ends with."""
+
+        def trainer(run, max_steps):
+            options = {**UNCHANGING, "eval_strategy": "steps", "load_best_model_at_end": True, "max_steps": max_steps}
+            return PALSTrainer(
+                tiny_segformer(), config(run, **options), train_dataset=Examples(), eval_dataset=Examples()
+            )
+
+        trainer(tmp_path / "here", 2).train()
+        (tmp_path / "there").mkdir()
+        for step in (1, 2) if is_there else (2,):
+            shutil.copytree(tmp_path / "here" / f"checkpoint-{step}", tmp_path / "there" / f"checkpoint-{step}")
+        shutil.rmtree(tmp_path / "here")
+        resumed = trainer(tmp_path / "there", 3)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "there" / "checkpoint-2"))
+        best = 1 if is_there else 3
+        assert resumed.state.best_global_step == best
+        assert resumed.state.best_model_checkpoint == str(tmp_path / "there" / f"checkpoint-{best}")
+
     def test_the_best_checkpoint_that_is_evaluated_after_it_was_saved(self, tmp_path):
         args = config(tmp_path, **{**UNCHANGING, "save_total_limit": 1}, eval_strategy="epoch", max_steps=3)
         args.per_device_train_batch_size = 2

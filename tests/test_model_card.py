@@ -205,7 +205,7 @@ def test_a_trainer_without_a_script(tmp_path):
     trainer = PALSTrainer(network, args)
     trainer.create_model_card(license="mit", model_name="me/mine", tags=["ignored"])
     data = CardData.load(tmp_path / "run")
-    assert (data.loss, data.loss_settings) == ("label_smoothing", {"smoothing": 0.1})
+    assert (data.loss, data.said_settings) == ("label_smoothing", {"smoothing": 0.1})
     assert data.settings == {"learning_rate": 1e-3, "seed": 7}
     assert (data.base_model, data.facts.license, data.model_name) == ("start", "mit", "me/mine")
     for path in (tmp_path / "run").iterdir():

@@ -1,16 +1,26 @@
 """One run at a time in a folder, one history, and where a run goes on."""
 
+import inspect
 import os
 import subprocess
 import sys
 import time
 
 import pytest
+from conftest import tiny_segformer
 from test_checkpoints import names, write_checkpoint
 from test_trainer import config
 
+from pals_hf import PALSLoss, PALSTrainer
 from pals_hf.errors import InputError
-from pals_hf.run_folder import claimed, discard_other_run, find_checkpoint, refuse_other_run
+from pals_hf.model_card import loss_settings
+from pals_hf.run_folder import (
+    claimed,
+    discard_other_run,
+    find_checkpoint,
+    refuse_other_run,
+    refuse_other_training,
+)
 
 
 @pytest.fixture
@@ -51,6 +61,34 @@ class TestOneRunAFolder:
             pass
 
 
+class TestOtherTraining:
+    def checkpoint(self, tmp_path, **options):
+        model = tiny_segformer()
+        trainer = PALSTrainer(model, config(tmp_path / "run", **options))
+        trainer.save_model()
+        return tmp_path / "run"
+
+    def test_goes_on_with_the_same_loss(self, tmp_path):
+        options = {"affinity_pooling": "keys", "max_affinity_cells": 500}
+        refuse_other_training(self.checkpoint(tmp_path, **options), config(tmp_path / "run", **options), None)
+
+    @pytest.mark.parametrize(
+        ("began", "flag"),
+        [
+            ({"affinity_pooling": "keys"}, "--affinity_pooling keys"),
+            ({"max_affinity_cells": 500}, "--max_affinity_cells 500"),
+            ({"loss": "ce", "class_weighting": "none"}, "--loss ce"),
+        ],
+    )
+    def test_refuses_another_loss(self, tmp_path, began, flag):
+        with pytest.raises(InputError, match=f"was trained with another loss: go on with {flag}, or begin"):
+            refuse_other_training(self.checkpoint(tmp_path, **began), config(tmp_path / "run"), None)
+
+    def test_every_option_of_the_loss_is_compared(self, tmp_path):
+        options = inspect.signature(PALSLoss).parameters.keys() - {"ignore_index", "class_weights"}
+        assert options < loss_settings(config(tmp_path)).keys()
+
+
 class TestFindCheckpoint:
     def find(self, resume, output_dir):
         return find_checkpoint(config(output_dir, resume_from_checkpoint=str(resume)))
@@ -68,6 +106,13 @@ class TestFindCheckpoint:
         for resume in ("last", tmp_path / "new", run_dir / "checkpoint-20"):
             with pytest.raises(InputError, match="there is no complete checkpoint at"):
                 self.find(resume, tmp_path / "new")
+
+    def test_a_mistyped_folder_is_not_made(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for _ in range(2):
+            with pytest.raises(InputError, match="runs/mien: there is no such folder, and cannot fetch a checkpoint"):
+                self.find("runs/mien", "")
+        assert not list(tmp_path.rglob("mien"))
 
 
 class TestOneHistory:
@@ -90,9 +135,23 @@ class TestOneHistory:
         with pytest.raises(InputError, match="other already holds a run"):
             refuse_other_run(tmp_path / "other", run_dir / "checkpoint-5")
 
-    def test_a_file(self, run_dir):
+    @pytest.mark.parametrize("name", ["notes.txt", "notes.txt/run"])
+    def test_a_file(self, run_dir, name):
         with pytest.raises(InputError, match=r"notes.txt is a file"):
-            refuse_other_run(run_dir / "notes.txt", None, overwrite=True)
+            refuse_other_run(run_dir / name, None, overwrite=True)
+
+    @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+    def test_a_folder_of_others(self, run_dir):
+        run_dir.chmod(0o500)
+        with pytest.raises(InputError, match="may not be written to"):
+            refuse_other_run(run_dir / "more" / "new", None)
+        run_dir.chmod(0o700)
+
+    @pytest.mark.parametrize("overwrite", [True, False])
+    def test_what_it_goes_on_from_is_gone(self, tmp_path, overwrite):
+        (tmp_path / "run").mkdir()
+        with pytest.raises(InputError, match="is gone: another run has taken output_dir"):
+            refuse_other_run(tmp_path / "run", tmp_path / "run" / "checkpoint-5", overwrite)
 
     def test_what_is_replaced_goes_and_the_rest_stays(self, run_dir):
         discard_other_run(run_dir, run_dir / "checkpoint-5")

@@ -14,10 +14,12 @@ import yaml
 from conftest import RAW_VOID, tiny_mobilenet_v2, tiny_segformer
 from launching import launch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForSemanticSegmentation, pipeline
 
 from pals_hf import SegmentationMetrics, load_segmentation_dataset
 from pals_hf.data import FractionManifest, draw_ids
+from pals_hf.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "run_seg_pals.py"
@@ -320,6 +322,22 @@ class TestRecipes:
         assert args.crop_size == config.eval_window
         assert config.lr_scheduler_kwargs["lr_end"] == 0
         assert f"--recipe examples/recipes/{path.name}" in path.read_text()
+
+
+class Broken(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise InputError("a.png: value 77 is not a class")
+
+
+def test_an_error_in_a_worker_is_one_line_too(capsys):
+    with pytest.raises(InputError) as error:
+        list(DataLoader(Broken(), num_workers=1))
+    with pytest.raises(SystemExit):
+        run_seg_pals.fail(error.value)
+    assert capsys.readouterr().err == "error: a.png: value 77 is not a class\n"
 
 
 class TestTwoProcesses:

@@ -123,8 +123,26 @@ def test_nothing_to_report(study, change, message):
     assert message in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("grid", "options", "message"),
+    [
+        (GRID, ["--baseline", "best"], "baseline best is no method of"),
+        (
+            {**GRID, "train_fraction": {"few": {"train_count": 3}}},
+            [],
+            "train_fraction few must be a number, or named by one",
+        ),
+    ],
+)
+def test_what_cannot_be_reported_is_not_run(study, monkeypatch, grid, options, message):
+    monkeypatch.setattr(study_fractions, "run_cells", lambda *_, **__: pytest.fail("was run"))
+    (study / "recipe.yaml").write_text(yaml.safe_dump({"common": {"max_steps": 5}, "grid": grid}))
+    result = report(study, "--run", *options)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
 def test_other_baselines(study):
-    assert report(study, "--baseline", "best").returncode == 2
     add_method(study, "uniform")
     result = report(study, "--baseline", "pals", "ce")
     assert "| ce | pals | 6 | -2." in result.stdout

@@ -77,6 +77,20 @@ def test_bad_recipes(tmp_path, content, message):
         sweep.read_cells(path)
 
 
+def test_a_cell_goes_on_with_the_flags_it_began_with(tmp_path):
+    cell = sweep.Cell({"seed": "0"}, {"learning_rate": 1e-4})
+    began = sweep.begun_path(tmp_path, cell)
+    began.parent.mkdir()
+    began.write_text(json.dumps({"learning_rate": 1e-3}))
+    with pytest.raises(InputError, match="seed=0 was begun with other flags than the recipe has now: delete"):
+        next(sweep.run_cells([cell], tmp_path))
+
+
+def test_what_no_machine_can_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no machine has 1000 cores and 0 GPUs: a cell would wait for ever"):
+        next(sweep.run_cells([sweep.Cell({"seed": "0"}, {})], tmp_path, cpus_per_cell=1000))
+
+
 @pytest.mark.slow
 def test_is_cut_and_goes_on(folder, tmp_path):
     """Killed once a first result exists; what is done is not done again. One cell fails, is retried and reported."""
