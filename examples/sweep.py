@@ -118,8 +118,10 @@ def refuse_other_flags(output_dir: Path, cell: Cell) -> None:
         InputError: the recipe has others now.
     """
     began, folder = begun_path(output_dir, cell), output_dir / "runs" / cell.name
-    if began.exists() and json.loads(began.read_text(encoding="utf-8")) != json.loads(json.dumps(cell.flags)):
-        raise InputError(f"{folder} was begun with other flags than the recipe has now: delete it, with {began}")
+    if not began.exists() or last_complete_checkpoint(folder) is None:  # or it failed before it got anywhere
+        return
+    if json.loads(began.read_text(encoding="utf-8")) != json.loads(json.dumps(cell.flags)):
+        raise InputError(f"{folder} was begun with other flags than the recipe has now: delete it")
 
 
 def begun_path(output_dir: Path, cell: Cell) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import RAW_VOID
+from test_checkpoints import write_checkpoint
 
 pytest.importorskip("ray")
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -82,6 +83,8 @@ def test_a_cell_goes_on_with_the_flags_it_began_with(tmp_path):
     began = sweep.begun_path(tmp_path, cell)
     began.parent.mkdir()
     began.write_text(json.dumps({"learning_rate": 1e-3}))
+    sweep.refuse_other_flags(tmp_path, cell)  # it failed before there was anything to go on from
+    write_checkpoint(tmp_path / "runs" / cell.name / "checkpoint-1")
     with pytest.raises(InputError, match="seed=0 was begun with other flags than the recipe has now: delete"):
         next(sweep.run_cells([cell], tmp_path))
 
