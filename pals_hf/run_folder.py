@@ -78,13 +78,13 @@ def _fetch(repo_id: str, run_dir: Path, config: PALSConfig) -> Path:
             f"of {repo_id}"
         )
     is_new = not run_dir.exists()
-    try:
-        with claimed(run_dir):
+    with claimed(run_dir):
+        try:
             return download_checkpoint(repo_id, run_dir, config.hub_revision, config.hub_token)
-    except InputError as error:
-        if is_new:
-            shutil.rmtree(run_dir)
-        raise InputError(f"resume_from_checkpoint {repo_id}: there is no such folder, and {error}") from error
+        except InputError as error:
+            if is_new:  # and ours: nobody else writes into what is claimed
+                shutil.rmtree(run_dir)
+            raise InputError(f"resume_from_checkpoint {repo_id}: there is no such folder, and {error}") from error
 
 
 def refuse_other_run(run_dir: Path, checkpoint: Path | None, overwrite: bool = False) -> None:

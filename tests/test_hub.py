@@ -165,8 +165,12 @@ def test_two_processes_push_once(server, tmp_path):
 
 @only_on_loopback
 @pytest.mark.slow
-def test_no_network(tmp_path):
-    """A run that is to push does not start; one that is finished stays as it is."""
+@pytest.mark.parametrize("replaced", [[], ["model_card.json"]])
+def test_no_network(tmp_path, replaced):
+    """A run that is to push does not start; one that is finished stays as it is, and is not what could be pushed."""
+    for name in replaced:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / name).write_text("{}")
     environment = hub.environment("http://127.0.0.1:9", str(tmp_path / "home"))
     script = Path(__file__).parents[1] / "examples" / "run_seg_pals.py"
     flags = [
@@ -178,6 +182,7 @@ def test_no_network(tmp_path):
         "maintainer/a",
         "--output_dir",
         tmp_path / "run",
+        "--overwrite",
     ]
     command = list(map(str, [sys.executable, script, *flags]))
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -187,4 +192,5 @@ def test_no_network(tmp_path):
         "Nothing was trained: mend that, or train without push_to_hub, and push then with: "
         f"python examples/push_checkpoint.py {tmp_path / 'run'} --repo_id maintainer/a"
     )
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in tmp_path.glob("run/*")] == replaced
+    assert (tmp_path / "run").exists() is bool(replaced)

@@ -67,6 +67,12 @@ def card(**changes):
     return CardData(**{**known, **changes})
 
 
+def test_a_card_says_when_no_pixels_were_compared():
+    sentence = "no pixel was compared with another"
+    assert sentence in render(card(loss_settings={"beta": 0.5, "propagation_weight": 0.0}))
+    assert sentence not in render(card(loss_settings={"beta": 0.5, "propagation_weight": 1.0}))
+
+
 def test_what_the_hub_reads():
     header = ModelCard(render(card())).data
     assert header.to_dict() | {"model-index": None} == {
