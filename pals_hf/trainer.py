@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import gc
 import inspect
 import math
 import os
-import shutil
-import signal
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import broadcast
@@ -27,49 +19,25 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
 from transformers.hyperparameter_search import default_hp_search_backend
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun, HPSearchBackend, HubStrategy
+from transformers.trainer_utils import BestRun, HPSearchBackend
 from transformers.utils import logging
-from transformers.utils.hub import PushInProgress
 
 from .calibration import boundary_counts, boundary_metrics, calibration_metrics, calibration_sums
-from .checkpoints import (
-    UNFINISHED,
-    clear_unfinished,
-    discard_old_checkpoints,
-    is_complete_checkpoint,
-    last_complete_checkpoint,
-    publish,
-    publish_files,
-)
+from .checkpoints import last_complete_checkpoint
 from .config import PALSConfig
 from .data import ID, WEAK_VIEW, StreamedDataset, collate
 from .data.balance import class_weights
-from .data.fractions import MANIFEST
+from .durable_trainer import DurableTrainer
 from .errors import InputError, TrainingError, first_line
 from .functional import PADDING_INDEX, is_labelled, soft_label_cross_entropy, upsample_argmax
-from .hub import LAST_CHECKPOINT, MODEL_FILES, create_repo, push_command, push_folder, push_in_background
 from .inference import image_logits
 from .losses import CrossEntropyLoss, LabelSmoothingLoss, PALSLoss, SegmentationLoss
 from .metrics import SegmentationMetrics, confusion_matrix, nan_to_none
-from .model_card import (
-    CARD_DATA,
-    CardData,
-    CardFacts,
-    hardware,
-    loss_settings,
-    pictures_in,
-    public_name,
-    settings,
-    versions,
-)
+from .model_card import CardFacts
 from .models import ClassifierTap, Reading, backbone_of, patch_size_of, read_network
 from .nonfinite import images_of, keep_step, likely_cause
-
-if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
 
 logger = logging.get_logger(__name__)
 
@@ -108,7 +76,7 @@ def _refuse_endless(eval_dataset: Any) -> None:
         raise InputError("a stream to evaluate on must end: use StreamedDataset(..., repeat=False)")
 
 
-class PALSTrainer(Trainer):
+class PALSTrainer(DurableTrainer):
     """A [`~transformers.Trainer`] for semantic segmentation with few labelled images.
 
     It differs from its parent in this:
@@ -123,12 +91,8 @@ class PALSTrainer(Trainer):
     - an auxiliary head, where the model was built with one, learns by cross-entropy with the weight of its config;
     - with `args.teacher` "ema" each checkpoint also holds the averaged weights, so that a resumed run is the same run.
       What is evaluated and saved as the model is the live network;
-    - a checkpoint is complete or not there, whatever ends the process while it is written;
-    - every checkpoint has a model card, and the data it is made of, see [`CardData`];
-    - pushes to the Hub are tried again where that may help, and end in one line where it does not; the hyperparameters
-      `push_to_hub`, `hub_model_id`, `hub_strategy`, `hub_private_repo` and `hub_revision` are the parent's;
-    - SIGTERM, which announces the end of a machine or a job, ends the training after the step at hand, with a
-      checkpoint; `trainer.terminated` is True then;
+    - nothing is lost: complete checkpoints, model cards, pushes to the Hub and SIGTERM are those of
+      [`DurableTrainer`];
     - a loss or gradient that is not finite ends it before the weights take part, and its batch is kept.
 
     Args:
@@ -171,17 +135,21 @@ class PALSTrainer(Trainer):
                 "One process sees %d GPUs and uses the first; use all of them with `accelerate launch`.", args.n_gpu
             )
             args._n_gpu = 1  # nn.DataParallel copies modules between threads, out of reach of the tap
-        self.card_facts = card_facts or CardFacts()
-        self._evaluation: dict[str, Any] = {}  # of the weights as they are, if they have been evaluated
-        self._best: tuple[int, float] | None = None  # step and epoch of the weights, if they are those of the best
-        self._on_their_way: list[tuple[Future, Path]] = []  # what is being pushed from where
-        self._seconds, self._began = 0.0, None  # of training, before this start of the loop, and when it started
         weights = weights_of_classes(args, train_dataset)
         if any(isinstance(data, StreamedDataset) for data in (train_dataset, *_sets_of(eval_dataset))):
             # Each process reads the stream and decodes its own part; else one would decode for all of them.
             args.accelerator_config.dispatch_batches = False
         data_collator = data_collator or partial(collate, with_ids=True)
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            card_facts=card_facts,
+            **kwargs,
+        )
         if model is None:
             self._adopt(self.model, args)
         if self.is_fsdp_enabled:
@@ -194,27 +162,10 @@ class PALSTrainer(Trainer):
         self._loss_parts: Counter[str] = Counter()
         self._labels_checked = False
         self._micro_batches: list[tuple[Tensor, dict[str, Any]]] = []  # of the step at hand: loss and inputs
-        self._staging, self._saved_step = False, -1
-        self._heard_sigterm = self.terminated = False
         self._average = self._start_average(self.model)
         self._check_padding()
         self._check_sets()
         self.add_callback(_TrainingCallback(self))
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The parent's, which SIGTERM ends after the step at hand."""
-        self._heard_sigterm = self.terminated = False
-        self._seconds, self._loss_parts, self._saved_step = 0.0, Counter(), -1
-        if threading.current_thread() is not threading.main_thread():  # no other can listen
-            return super().train(*args, **kwargs)
-        before = signal.signal(signal.SIGTERM, self._hear_sigterm)
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def _hear_sigterm(self, *_: Any) -> None:
-        self._heard_sigterm = True
 
     def hyperparameter_search(
         self,
@@ -262,6 +213,20 @@ class PALSTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise InputError("teacher='ema' needs the whole network on every device, without FSDP or DeepSpeed")
         return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.args.ema_decay)).eval()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._average is not None and self.args.should_save:
+            save_model(self._average, os.path.join(output_dir, AVERAGE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._average is not None:
+            path = os.path.join(checkpoint, AVERAGE_NAME)
+            try:
+                load_model(self._average, path)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise InputError(f"teacher='ema' cannot resume from {path}: {first_line(error)}") from error
 
     def _check_padding(self) -> None:
         transform = getattr(self.train_dataset, "transform", None)
@@ -397,13 +362,6 @@ class PALSTrainer(Trainer):
             self._stop_at(f"the gradient's norm is {norm}", [inputs for _, inputs in self._micro_batches])
         return grad_norm
 
-    def _any_process(self, happened: bool) -> bool:
-        """Whether it happened to any of the processes; all of them ask."""
-        if self.args.world_size == 1:
-            return happened
-        count = torch.tensor(float(happened), device=self.args.device)
-        return self.accelerator.reduce(count, "sum").item() > 0
-
     def _stop_at(self, what: str, batches: list[dict[str, Any]]) -> NoReturn:
         step, rank, run_dir = self.state.global_step + 1, self.args.process_index, Path(self.args.output_dir)
         last = f"the last checkpoint is {last_complete_checkpoint(run_dir) or 'none yet'}"
@@ -465,17 +423,6 @@ class PALSTrainer(Trainer):
             self.compute_loss(self.model, batch)
         self.model.train(training)
 
-    def end(self) -> None:
-        """The parent's, after letting go of what holds the process group.
-
-        `DistributedDataParallel` does, and a Gloo group that outlives the end of its process aborts it now and then,
-        with "terminate called without an active exception" (pytorch issue 190489).
-        """
-        self.model_wrapped = self.model
-        self.accelerator.free_memory()
-        gc.collect()
-        super().end()
-
     # ---- Logging ----
 
     def _record_parts(self, scaled: bool) -> None:
@@ -512,320 +459,7 @@ class PALSTrainer(Trainer):
         """Write `{split}_results.json`, with null for what is undefined: NaN is not JSON."""
         super().save_metrics(split, nan_to_none(metrics), combined)
 
-    # ---- Checkpoints ----
-
-    def _get_output_dir(self, trial: Any) -> str:
-        run_dir = super()._get_output_dir(trial)
-        return os.path.join(run_dir, UNFINISHED) if self._staging else run_dir
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The parent's, written aside and then renamed.
-
-        Raises:
-            TrainingError: it cannot be written, for example because the disk is full. The ones before are still there.
-        """
-        run_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        written, checkpoint = run_dir / UNFINISHED / name, run_dir / name
-        if self.args.should_save:
-            clear_unfinished(run_dir)
-        self.accelerator.wait_for_everyone()
-        self._staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-            self._record_best(written, checkpoint)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                publish(written, checkpoint)
-            self.accelerator.wait_for_everyone()
-            if self.args.local_process_index == 0 and written.exists():  # on a disk that the main process does not see
-                publish(written, checkpoint)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            free = shutil.disk_usage(run_dir).free / 2**20
-            clear_unfinished(run_dir)
-            raise TrainingError(
-                f"{checkpoint} cannot be written, with {free:.0f} MB left on its disk: {first_line(error)}; "
-                f"the last checkpoint is {last_complete_checkpoint(run_dir) or 'none yet'}"
-            ) from error
-        finally:
-            self._staging = False
-        self._saved_step = self.state.global_step
-        if self.args.should_save:
-            self._discard_old_checkpoints(run_dir, {name})
-            clear_unfinished(run_dir)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(checkpoint))
-
-    def _record_best(self, written: Path, checkpoint: Path) -> None:
-        """Where the best checkpoint is: the parent looks for it beside the one being written, which is aside."""
-        if not self.state.best_global_step:
-            return
-        best = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-        if best == checkpoint or best.exists():
-            self.state.best_model_checkpoint = str(best)
-            if self.args.should_save:
-                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-
-    def _find_best(self) -> None:
-        """Where the best checkpoint of a resumed run is now. Where it is not, a worse one than it may be the best."""
-        step = self.state.best_global_step
-        if not (self.args.load_best_model_at_end and step) or self.state.best_model_checkpoint is not None:
-            return
-        best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if is_complete_checkpoint(best):
-            self.state.best_model_checkpoint = str(best)
-        else:
-            logger.warning("The best checkpoint, of step %d, is not here: the search for the best begins anew.", step)
-            self.state.best_metric = self.state.best_global_step = None
-
-    def _discard_old_checkpoints(self, run_dir: Path, kept: set[str]) -> None:
-        kept.add(os.path.basename(self.state.best_model_checkpoint or ""))
-        kept.update(folder.name for job, folder in self._on_their_way if not job.done())
-        discard_old_checkpoints(run_dir, self.args.save_total_limit, kept)
-
-    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args, **kwargs):
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
-        if self.terminated and self._saved_step != self.state.global_step:
-            self._save_checkpoint(model, trial)
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """The parent's, but that with a limit of 1 it deletes every checkpoint except the best one, in place."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            return super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
-            if self.args.should_save and self.args.push_to_hub:  # some stayed because they were being pushed
-                self._discard_old_checkpoints(Path(self.args.output_dir), set())
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The parent's, file by file complete or not there, and with a card."""
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        if self.args.should_save:
-            clear_unfinished(folder)
-        super()._save(str(folder / UNFINISHED), state_dict)
-        if self.args.should_save:
-            self.card_data(folder).save(folder / UNFINISHED)
-            manifest = Path(self.args.output_dir) / MANIFEST
-            if manifest.exists() and folder != manifest.parent:  # a checkpoint says by itself what it was trained on
-                shutil.copy(manifest, folder / UNFINISHED / MANIFEST)
-            publish_files(folder / UNFINISHED, folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load weights the way `from_pretrained` does, and all of them.
-
-        The parent takes the file's names as they are, but `save_pretrained` writes SegFormer's and others' under
-        their old names: it would go on from random weights with a warning (transformers issue 48805).
-        """
-        if self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        try:
-            restored, info = type(self.model).from_pretrained(
-                resume_from_checkpoint, config=self.model.config, dtype=self.model.dtype, output_loading_info=True
-            )
-        except (OSError, RuntimeError, SafetensorError) as error:  # damaged, or of a model of another shape
-            raise InputError(f"cannot load checkpoint {resume_from_checkpoint}: {first_line(error)}") from error
-        if info["missing_keys"]:
-            raise InputError(f"checkpoint {resume_from_checkpoint} lacks the weights {sorted(info['missing_keys'])}")
-        self.model.load_state_dict(restored.state_dict())
-
-    def _load_best_model(self) -> None:
-        if self.terminated:  # the run goes on, from the weights it has
-            return
-        best = Path(self.state.best_model_checkpoint)
-        if (best / CARD_DATA).exists():
-            card = CardData.load(best)
-            self._evaluation, self._best = card.metrics, (card.step, card.epoch)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._average is not None and self.args.should_save:
-            save_model(self._average, os.path.join(output_dir, AVERAGE_NAME))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (Path(checkpoint) / CARD_DATA).exists():
-            self._seconds = CardData.load(checkpoint).seconds or 0.0
-        if checkpoint is not None and self._average is not None:
-            path = os.path.join(checkpoint, AVERAGE_NAME)
-            try:
-                load_model(self._average, path)
-            except (OSError, RuntimeError, SafetensorError) as error:
-                raise InputError(f"teacher='ema' cannot resume from {path}: {first_line(error)}") from error
-
-    # ---- Card and Hub ----
-
-    def card_data(self, folder: str | os.PathLike | None = None) -> CardData:
-        """What the model card says of the weights as they are now.
-
-        Args:
-            folder: where the card will lie: it shows the pictures that are there. Default: `args.output_dir`.
-        """
-        args, config, facts = self.args, self.model.config, self.card_facts
-        folder = Path(args.output_dir if folder is None else folder)
-        step, epoch = self._best or (self.state.global_step, self.state.epoch)
-        backbone = getattr(config, "backbone_config", None)
-        history = {}
-        for entry in self.state.log_history:
-            if "eval_mean_iou" in entry:  # one after the training, of other weights or images, has its last step too
-                figures = {name: entry.get(name) for name in ("step", "eval_loss", "eval_mean_iou")}
-                history.setdefault(entry["step"], figures)
-        return CardData(
-            model_name=self.hub_model_id or args.hub_model_id or Path(args.output_dir).resolve().name,
-            architecture=type(self.model).__name__,
-            id2label=dict(config.id2label),
-            loss=args.loss,
-            loss_settings=loss_settings(args),
-            settings={**facts.settings, **settings(args)},
-            base_model=public_name(config.name_or_path),
-            base_model_revision=getattr(config, "_commit_hash", None),
-            step=step,
-            epoch=epoch,
-            best_of=self.state.global_step if self._best else None,
-            metrics=nan_to_none(self._evaluation),
-            history=list(history.values()),
-            seconds=self._training_seconds() or None,
-            hardware=hardware(args.device, args.world_size),
-            needs=["transformers", *(["timm"] if getattr(backbone, "model_type", "") == "timm_backbone" else [])],
-            versions=versions(),
-            facts=facts,
-            pictures=pictures_in(folder),
-        )
-
-    def _training_seconds(self) -> float:
-        return self._seconds + (0.0 if self._began is None else time.monotonic() - self._began)
-
-    def create_model_card(self, license: str | None = None, model_name: str | None = None, **ignored: Any) -> None:
-        """Write `README.md` and `model_card.json` into `args.output_dir`, of the weights and pictures as they are.
-
-        Args:
-            license: of the model, instead of `card_facts.license`.
-            model_name: instead of the repository or the folder's name.
-            ignored: what else the parent takes: the card says it of itself, or takes it from `card_facts`.
-        """
-        if not self.is_world_process_zero():
-            return
-        if license is not None:
-            self.card_facts = dataclasses.replace(self.card_facts, license=license)
-        card = self.card_data()
-        dataclasses.replace(card, model_name=model_name or card.model_name).save(self.args.output_dir)
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """The parent's, persistent and with one line for an error."""
-        if not self.is_world_process_zero():
-            return
-        name = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
-        private = self.args.hub_private_repo if private is None else private
-        later = push_command(
-            self.args.output_dir,
-            name,
-            private=private,
-            revision=self.args.hub_revision,
-            license=self.card_facts.license,
-        )
-        # At the start of a new run, what its folder holds is of another one, which it will replace.
-        is_start = not hasattr(self, "state") and self.args.resume_from_checkpoint is None
-        folder = None if is_start else self.args.output_dir
-        self.hub_model_id = create_repo(name, folder, private, token or self.args.hub_token, later=later)
-        self.push_in_progress = None
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **card: Any,
-    ) -> CommitInfo | Future | None:
-        """Save the model and push the run's folder by [`push_folder`]: model, card, metrics, manifest, pictures.
-
-        All processes call it, and the main one pushes.
-
-        Args:
-            commit_message: of the commit.
-            blocking: wait until it is done; else a `Future` is returned.
-            token: instead of `args.hub_token`, or that of `hf auth login`.
-            revision: branch.
-            private: whether a new repository is private.
-            card: for [`create_model_card`].
-
-        Raises:
-            PushError: it was not pushed; everything is still in `args.output_dir`.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**card)
-        self._finish_current_push()
-        where = {"revision": revision or self.args.hub_revision, "token": token or self.args.hub_token}
-        checkpoint = last_complete_checkpoint(self.args.output_dir)
-        if self.args.push_to_hub and checkpoint is not None:  # left out at its time if another was on its way
-            pushes = self._pushes_to_go_on_from(checkpoint)
-            jobs = [push_in_background(checkpoint, self.hub_model_id, **options, **where) for options in pushes]
-            self.push_in_progress = PushInProgress(jobs)
-            self._finish_current_push()
-        push = push_folder if blocking else push_in_background
-        return push(self.args.output_dir, self.hub_model_id, message=commit_message or "End of training", **where)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint in the background as `args.hub_strategy` says, unless one is still on its way."""
-        strategy = self.args.hub_strategy
-        if self._staging or not self.is_world_process_zero() or strategy == HubStrategy.END:
-            return  # staged: it will change its name, and is pushed then
-        if self.push_in_progress is not None and not self.push_in_progress.is_done():
-            if not self.args.hub_always_push:
-                return
-        else:
-            self._finish_current_push()
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        checkpoint = Path(checkpoint_folder)
-        message = f"Training in progress, step {self.state.global_step}"
-        pushes = [{"message": message, "patterns": MODEL_FILES}, *self._pushes_to_go_on_from(checkpoint)]
-        jobs = [
-            push_in_background(
-                checkpoint,
-                self.hub_model_id,
-                revision=self.args.hub_revision,
-                token=self.args.hub_token,
-                **options,
-            )
-            for options in pushes
-        ]
-        self._on_their_way += [(job, checkpoint) for job in jobs]
-        if self.push_in_progress is None:
-            self.push_in_progress = PushInProgress(jobs)
-        else:
-            self.push_in_progress.jobs.extend(jobs)
-
-    def _pushes_to_go_on_from(self, checkpoint: Path) -> list[dict[str, Any]]:
-        """What `args.hub_strategy` adds, for another machine to go on from."""
-        folders = {HubStrategy.CHECKPOINT: LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
-        name = folders.get(self.args.hub_strategy)
-        return [] if name is None else [{"message": checkpoint.name, "path_in_repo": name, "patterns": ["*"]}]
-
-    def _finish_current_push(self) -> None:
-        """Wait for what is on its way, and say what did not arrive: the training has not to end for it."""
-        super()._finish_current_push()
-        self._on_their_way = []
-        if getattr(self, "push_in_progress", None) is None:
-            return
-        for job in self.push_in_progress.jobs:
-            if job.exception() is not None:
-                logger.warning("%s", first_line(job.exception()))
-        self.push_in_progress = None
-
     # ---- Data ----
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        with _sigterm_waits():  # the first batch of an epoch starts the workers
-            return super().get_batch_samples(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The parent's, with a stream completed so that every process scores as many images, each of them once."""
@@ -839,14 +473,6 @@ class PALSTrainer(Trainer):
 
     # ---- Evaluation ----
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The parent's. What it gives for the trainer's own `eval_dataset` is what the next model card shows."""
-        metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        is_ours = eval_dataset is None or eval_dataset is self.eval_dataset
-        if is_ours and "eval_mean_iou" in metrics:  # not one of several data sets
-            self._evaluation = metrics
-        return metrics
-
     def evaluation_loop(self, *args: Any, **kwargs: Any):
         self.metrics.reset()
         self._cross_entropy_sum, self._more_sums = 0.0, []
@@ -854,8 +480,7 @@ class PALSTrainer(Trainer):
         # those of the main process.
         for buffer in self.model.buffers():
             broadcast(buffer)
-        with _sigterm_waits():
-            return super().evaluation_loop(*args, **kwargs)
+        return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
         self,
@@ -912,29 +537,14 @@ class PALSTrainer(Trainer):
         return results
 
 
-@contextmanager
-def _sigterm_waits() -> Iterator[None]:
-    """Hold SIGTERM back from this thread, and for good from the processes that it starts.
-
-    Sent to all processes of a job, it would end the workers of a DataLoader at once, and the run with them.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class _TrainingCallback(TrainerCallback):
-    """Tells the training set its epoch, the averaged network that there was a step, and the loop of SIGTERM."""
+    """Tells the training set its epoch, and the averaged network that there was a step."""
 
     def __init__(self, trainer: PALSTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._began, self.trainer._best = time.monotonic(), None
-        self.trainer._find_best()
-        self.trainer._labels_checked = False
+        self.trainer._labels_checked, self.trainer._loss_parts = False, Counter()
         if self.trainer._average is not None:
             self.trainer._average.to(args.device)
 
@@ -943,22 +553,9 @@ class _TrainingCallback(TrainerCallback):
         if hasattr(self.trainer.train_dataset, "set_epoch"):
             self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer._evaluation = {}
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.trainer._seconds, self.trainer._began = self.trainer._training_seconds(), None
-
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer._average is not None:
             self.trainer._average.update_parameters(self.trainer.model)
-        # All stop after the same step, whoever heard it first.
-        if self.trainer._any_process(self.trainer._heard_sigterm):
-            self.trainer.terminated = control.should_training_stop = True
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.trainer.terminated:  # perhaps in the middle of it: nothing is due
-            control.should_log = control.should_evaluate = control.should_save = False
 
 
 def whole_loss(
