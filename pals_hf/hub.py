@@ -41,8 +41,8 @@ MODEL_FILES = (
     *("training_args.bin", MANIFEST, CARD_DATA, "README.md"),
 )
 RUN_FILES = (*MODEL_FILES, TRAINER_STATE_NAME, "*_results.json", "*.png")
-# Unfinished or locked things, and checkpoints: also those of the trials of a search, which have folders of their own.
-NOT_OF_THE_RUN = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"*/{PREFIX_CHECKPOINT_DIR}-*")
+# Unfinished or locked things, and all folders: checkpoints, trials of a search, other runs, the user's own.
+NOT_OF_THE_RUN = ("_*", "*/*")
 LAST_CHECKPOINT = "last-checkpoint"  # where transformers' hub_strategy="checkpoint" puts one to go on from
 # What may pass, among it commits that crossed each other.
 _PASSING = (409, 412, 429, 500, 502, 503, 504)
@@ -169,13 +169,18 @@ def download_checkpoint(
     api, run_dir = HfApi(token=token), Path(run_dir)
     try:
         info = api.model_info(repo_id, revision=revision)
-        name = _newest_checkpoint([file.rfilename for file in info.siblings])
+
+        def step_of(name: str) -> int:
+            state = api.hf_hub_download(repo_id, f"{name}/{TRAINER_STATE_NAME}", revision=info.sha)
+            return json.loads(Path(state).read_text(encoding="utf-8"))["global_step"]
+
+        name = _newest_checkpoint([file.rfilename for file in info.siblings], step_of)
         if name is None:
             raise InputError(
                 f"{repo_id} holds no checkpoint to go on from: runs with --hub_strategy checkpoint push one"
             )
         snapshot = Path(api.snapshot_download(repo_id, revision=info.sha, allow_patterns=f"{name}/*")) / name
-        step = json.loads((snapshot / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+        step = step_of(name)
     except InputError:
         raise
     except (HTTPError, OSError, RuntimeError, ValueError, KeyError) as error:
@@ -193,13 +198,14 @@ def download_checkpoint(
     return checkpoint
 
 
-def _newest_checkpoint(paths: Sequence[str]) -> str | None:
-    """The folder of a repository with the newest checkpoint."""
+def _newest_checkpoint(paths: Sequence[str], step_of: Callable[[str], int]) -> str | None:
+    """The folder of a repository with the newest checkpoint; both kinds are there after a change of `hub_strategy`."""
     folders = {path.split("/")[0] for path in paths if path.endswith(f"/{TRAINER_STATE_NAME}")}
-    if LAST_CHECKPOINT in folders:
-        return LAST_CHECKPOINT
-    checkpoints = [name for name in folders if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name)]
-    return max(checkpoints, key=lambda name: int(name.rsplit("-", 1)[1]), default=None)
+    numbered = [name for name in folders if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name)]
+    newest = max(numbered, key=lambda name: int(name.rsplit("-", 1)[1]), default=None)
+    if LAST_CHECKPOINT not in folders:
+        return newest
+    return newest if newest and int(newest.rsplit("-", 1)[1]) > step_of(LAST_CHECKPOINT) else LAST_CHECKPOINT
 
 
 def _refuse_tokens(folder: Path, patterns: Sequence[str], never: Sequence[str], token: str | None) -> None:

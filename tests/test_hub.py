@@ -17,7 +17,7 @@ import pytest
 from launching import launcher
 from test_checkpoints import write_checkpoint
 
-from pals_hf.hub import _what_is_left, push_command
+from pals_hf.hub import NOT_OF_THE_RUN, RUN_FILES, _matches, _newest_checkpoint, _what_is_left, push_command
 
 CLIENT = Path(__file__).parent / "hub_client.py"
 IS_REAL = "PALS_HF_TESTS_ON_REAL_HUB" in os.environ
@@ -93,6 +93,29 @@ def test_a_run(server, tmp_path):
     for _, files in repository.commits:
         no_token_in(files)
     assert (tmp_path / "run" / "README.md").read_bytes() == server.files("maintainer/trained")["README.md"]
+
+
+def test_only_files_of_the_run_itself_are_pushed():
+    """`*` of a pattern means folders too, and a run's folder may hold others, or the data."""
+    ours = ["model.safetensors", "README.md", "eval_results.json", "curves.png"]
+    others = ["_lock", "other/model.safetensors", "train/masks/7.png", "run-2/checkpoint-4/README.md"]
+    pushed = [n for n in ours + others if _matches(n, RUN_FILES) and not _matches(n, NOT_OF_THE_RUN)]
+    assert pushed == ours
+
+
+@pytest.mark.parametrize(
+    ("folders", "newest"),
+    [
+        ([], None),
+        (["last-checkpoint"], "last-checkpoint"),
+        (["checkpoint-200", "checkpoint-1000"], "checkpoint-1000"),
+        (["checkpoint-80", "last-checkpoint"], "last-checkpoint"),
+        (["checkpoint-200", "last-checkpoint"], "checkpoint-200"),
+    ],
+)
+def test_the_newest_checkpoint_of_either_kind(folders, newest):
+    paths = ["README.md", *(f"{folder}/trainer_state.json" for folder in folders)]
+    assert _newest_checkpoint(paths, {"last-checkpoint": 100}.__getitem__) == newest
 
 
 def test_the_command_to_push_later_names_the_checkpoint(tmp_path, monkeypatch):
