@@ -113,6 +113,9 @@ def refuse_other_run(run_dir: Path, checkpoint: Path | None, overwrite: bool = F
         raise InputError(
             f"output_dir {run_dir} already holds a run: use --overwrite, --resume_from_checkpoint or another folder"
         )
+    replaced = [name for name in ("README.md", *PICTURES) if (run_dir / name).exists()]
+    if not goes_on_here and replaced and not (run_dir / CARD_DATA).exists():
+        raise InputError(f"output_dir {run_dir} holds {replaced[0]}, of no run: use another folder, or --overwrite it")
     newest = last_complete_checkpoint(run_dir)
     if goes_on_here and newest.name != checkpoint.name:
         raise InputError(

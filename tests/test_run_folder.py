@@ -129,6 +129,14 @@ class TestOneHistory:
             refuse_other_run(run_dir, checkpoint)
         refuse_other_run(run_dir, checkpoint, overwrite=True)
 
+    @pytest.mark.parametrize("name", ["README.md", "predictions.png"])
+    def test_what_others_wrote_is_not_replaced(self, tmp_path, name):
+        """A project's own folder, for example, which a card would take the README of."""
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(InputError, match=f"holds {name}, of no run: use another folder"):
+            refuse_other_run(tmp_path, None)
+        refuse_other_run(tmp_path, None, overwrite=True)
+
     def test_from_another_folder(self, run_dir, tmp_path):
         refuse_other_run(tmp_path / "new", run_dir / "checkpoint-5")
         write_checkpoint(tmp_path / "other" / "checkpoint-5")
