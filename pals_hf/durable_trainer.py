@@ -56,7 +56,7 @@ logger = logging.get_logger(__name__)
 
 
 class DurableTrainer(Trainer):
-    """The part of [`PALSTrainer`] that has nothing to do with the loss: what is left of a run, whatever ends it.
+    """The base of [`PALSTrainer`], not for use by itself: what is left of a run, whatever ends it.
 
     - A checkpoint is complete or not there, whatever ends the process while it is written.
     - Every checkpoint has a model card, and the data it is made of, see [`CardData`].

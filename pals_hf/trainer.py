@@ -93,7 +93,7 @@ class PALSTrainer(DurableTrainer):
       What is evaluated and saved as the model is the live network;
     - nothing is lost: complete checkpoints, model cards, pushes to the Hub and SIGTERM are those of
       [`DurableTrainer`];
-    - a loss or gradient that is not finite ends it before the weights take part, and its batch is kept.
+    - a loss or gradient that is not finite ends the training before the weights take part, and its batch is kept.
 
     Args:
         model: a model of `AutoModelForSemanticSegmentation`.
@@ -370,11 +370,15 @@ class PALSTrainer(DurableTrainer):
         folder = run_dir / (f"_non-finite-step-{step}" + (f"-rank-{rank}" if self.args.world_size > 1 else ""))
         about = {"what": what, "step": step, "learning_rate": self._get_learning_rate()}
         is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        keep_step(folder, batches, self.model if is_whole else None, about)
+        try:
+            keep_step(folder, batches, self.model if is_whole else None, about)
+            kept = f"The batch{' and the network are' if is_whole else ' is'} in {folder}"
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk: the message is worth more
+            kept = f"The batch cannot be kept in {folder}: {first_line(error)}"
         images = ", ".join(images_of(batches))
         raise TrainingError(
             f"{what} at step {step}{f', images {images}' if images else ''}: {likely_cause(batches, self.model)}. "
-            f"The batch{' and the network are' if is_whole else ' is'} in {folder}; {last}"
+            f"{kept}; {last}"
         )
 
     def _freeze_statistics(self) -> None:

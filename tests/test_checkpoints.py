@@ -371,6 +371,12 @@ class TestNonFinite:
         again = PALSTrainer(AutoModelForSemanticSegmentation.from_pretrained(folder), config(tmp_path / "again"))
         assert again.compute_loss(again.model, batch).isnan()
 
+    def test_what_cannot_be_kept_does_not_hide_why(self, tmp_path):
+        trainer = PALSTrainer(tiny_segformer(**NO_RANDOMNESS), config(tmp_path), train_dataset=Named(bad=slice(None)))
+        (tmp_path / "_non-finite-step-1").write_text("in the way")
+        with pytest.raises(TrainingError, match=r"the loss is nan at step 1, images image-.* cannot be kept in"):
+            trainer.train()
+
     def test_batches_of_several_sizes(self, tmp_path):
         batches = [{"pixel_values": torch.full((1, 3, 8, width), float("nan"))} for width in (8, 16)]
         keep_step(tmp_path, batches, None, {})
