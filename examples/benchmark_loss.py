@@ -214,9 +214,9 @@ def evaluation(device: str, images: int, mean_iou: str) -> Variants:
 
         args = TrainingArguments(**common, remove_unused_columns=False)
         theirs = Trainer(network, args, eval_dataset=dataset, compute_metrics=compute_metrics)
-        variants["evaluate"] = lambda: void(theirs.evaluate())
+        variants["evaluate"] = lambda: untimed(theirs.evaluate())
     ours = PALSTrainer(network, PALSConfig(**common), eval_dataset=dataset)
-    variants["PALSTrainer"] = lambda: void(ours.evaluate())
+    variants["PALSTrainer"] = lambda: untimed(ours.evaluate())
     variants["the network alone"] = lambda: forward_passes(network.eval(), dataset, device)
     return variants
 
@@ -228,7 +228,7 @@ def forward_passes(network: nn.Module, dataset: Dataset, device: str) -> None:
         network(pixel_values=dataset[index]["pixel_values"][None].to(device))
 
 
-def void(_: object) -> None:
+def untimed(_: object) -> None:
     """Not a time."""
 
 
@@ -364,7 +364,7 @@ def errors_of_aggregation(device: str, cells: int = 16384) -> dict[str, float]:
 def share_of_peak(device: str, seconds: float, cells: int = 16384) -> float:
     """Arithmetic of the bfloat16 aggregation over that of a bfloat16 matrix product of its size."""
     a = torch.randn(cells, FEATURES, device=device, dtype=torch.bfloat16)
-    product = time_side_by_side({"product": lambda: void(a @ a.T)}, device, 5)["product"]
+    product = time_side_by_side({"product": lambda: untimed(a @ a.T)}, device, 5)["product"]
     rate = 2 * cells**2 * FEATURES / product
     return 2 * cells**2 * (FEATURES + 19) / seconds / rate
 

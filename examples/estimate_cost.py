@@ -27,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from benchmark_loss import extra_megabytes, time_side_by_side, void, warm_up
+from benchmark_loss import extra_megabytes, time_side_by_side, untimed, warm_up
 
 from pals_hf import PALSLoss
 from pals_hf.functional import capped_stride
@@ -86,7 +86,7 @@ class Case:
             lambda: loss(logits, labels, aggregated=q).backward(),
             lambda: loss(logits, labels, features).backward(),
         )
-        return {name: lambda call=call: void(call()) for name, call in zip(PARTS, calls, strict=True)}
+        return {name: lambda call=call: untimed(call()) for name, call in zip(PARTS, calls, strict=True)}
 
 
 def measured_rates(device: str, rounds: int) -> list[float]:

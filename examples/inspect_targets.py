@@ -164,7 +164,8 @@ def read_pairs(args: TargetArguments) -> Iterator[tuple[Image.Image, Image.Image
 @torch.no_grad()
 def read_maps(model, processor, image: Image.Image, sources: list[str]) -> dict[str, torch.Tensor]:
     """Logits and the features of each source, on the classifier's grid."""
-    inputs = {"pixel_values": processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]}
+    pixel_values = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
+    inputs = {"pixel_values": pixel_values.to(model.device, model.dtype)}
     maps = {}
     for source in sources:
         reading, _ = read_network(model, ClassifierTap(model), inputs, source, patch_size=patch_size_of(model.config))

@@ -390,7 +390,7 @@ def choose_output_dir(args: ScriptArguments, config: PALSConfig) -> None:
         if is_main_process():
             print("starting anew" if checkpoint is None else f"going on from {checkpoint}", flush=True)
     if not config.output_dir:
-        share = args.train_count or f"{args.train_fraction or 1:g}"
+        share = "manifest" if args.train_manifest else args.train_count or f"{args.train_fraction or 1:g}"
         what = "eval" if args.eval_only else f"{config.loss}-{share}-seed{config.seed}"
         name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{what}-{uuid.uuid4().hex[:4]}"
         config.output_dir = broadcast_object_list([name])[0]
@@ -615,13 +615,17 @@ def report(
         return
     folder = Path(trainer.args.output_dir)
     model, processor = load_finished(checkpoint, data.id2label, trainer.args.device)
-    rows = [(*pair, predict(model, processor, [pair[0]])[0].mask) for pair in some_pairs(data, trainer.eval_dataset)]
+    window = trainer.args.eval_window, trainer.args.eval_overlap  # what is shown is what was scored
+    rows = [
+        (image, labels, predict(model, processor, [image], *window)[0].mask)
+        for image, labels in some_pairs(data, trainer.eval_dataset)
+    ]
     prediction_sheet(rows, data.id2label, folder / "predictions.png", data.colors)
-    if is_matplotlib_available() and trainer.state.log_history:
-        training_curves(trainer.state.log_history, folder / "curves.png")
-        if trainer.args.eval_calibration:
-            reliability_diagram(metrics["eval_reliability"], folder / "reliability.png")
+    if is_matplotlib_available() and trainer.args.eval_calibration:
+        reliability_diagram(metrics["eval_reliability"], folder / "reliability.png")
     if trainer.state.global_step:
+        if is_matplotlib_available():
+            training_curves(trainer.state.log_history, folder / "curves.png")
         trainer.create_model_card()
     print(f"\n{summary_of(data)}")
     print(f"{'class':<20}{'IoU':>8}{'accuracy':>10}")

@@ -362,6 +362,7 @@ class TestTwoProcesses:
             launch(RECORDER, ranks, *score, processes=processes)
             assert read(ranks / "rank-0.json")["world_size"] == processes
             results.append(read(output / "eval_results.json"))
+            assert not (output / "curves.png").exists()  # nothing was trained
         timings = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
         one, two = ({k: v for k, v in result.items() if k not in timings} for result in results)
         assert one.pop("eval_loss") == pytest.approx(two.pop("eval_loss"), rel=1e-6)
