@@ -463,7 +463,7 @@ class PALSTrainer(DurableTrainer):
         """Write `{split}_results.json`, with null for what is undefined: NaN is not JSON."""
         super().save_metrics(split, nan_to_none(metrics), combined)
 
-    # ---- Data ----
+    # ---- Evaluation ----
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The parent's, with a stream completed so that every process scores as many images, each of them once."""
@@ -474,8 +474,6 @@ class PALSTrainer(DurableTrainer):
         if isinstance(chosen, StreamedDataset):
             chosen.complete_to(self.args.eval_batch_size * self.args.world_size)
         return super().get_eval_dataloader(eval_dataset)
-
-    # ---- Evaluation ----
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
         self.metrics.reset()
