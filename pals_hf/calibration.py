@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import is_labelled, tiles
+from .fused import is_labelled, tiles, widest_float
 
 NUM_BINS = 15
 BOUNDARY_SHARE = 0.02  # width of the contour, in diagonals of the image
@@ -27,16 +27,17 @@ def calibration_sums(logits: Tensor, labels: Tensor, ignore_index: int = 255, nu
         num_bins: bins of equal width.
 
     Returns:
-        float64 `(C + 2, num_bins, 3)`. Row c < C: for the probability of class c in each bin the number of pixels, the
-        sum of probabilities, and how often c was the label. Row C: the same for the most likely class. Row C + 1: its
-        very first entry is the sum over pixels of the Brier score, the rest is 0.
+        `(C + 2, num_bins, 3)` of [`widest_float`]. Row c < C: for the probability of class c in each bin the number of
+        pixels, the sum of probabilities, and how often c was the label. Row C: the same for the most likely class. Row
+        C + 1: its very first entry is the sum over pixels of the Brier score, the rest is 0.
     """
     z, classes = logits.float(), logits.shape[1]
-    sums = torch.zeros(classes + 2, num_bins, 3, dtype=torch.float64, device=logits.device)
+    dtype = widest_float(logits.device)
+    sums = torch.zeros(classes + 2, num_bins, 3, dtype=dtype, device=logits.device)
     offsets = torch.arange(classes, device=logits.device)[:, None] * num_bins
     for tile in tiles(z, labels):
         labelled = is_labelled(tile.labels, ignore_index)
-        p = tile.up(z).softmax(dim=1).movedim(1, 0)[:, labelled].double()  # (C, n)
+        p = tile.up(z).softmax(dim=1).movedim(1, 0)[:, labelled].to(dtype)  # (C, n)
         y = tile.labels[labelled]
         bins = (p * num_bins).long().clamp_(max=num_bins - 1)
         hits = y * num_bins + bins.gather(0, y[None])[0]
@@ -56,7 +57,7 @@ def _by_bin(bins: Tensor, probabilities: Tensor, hits: Tensor, rows: int, num_bi
         torch.bincount(bins, probabilities, minlength=size),
         torch.bincount(hits, minlength=size),
     )
-    return torch.stack([column.double() for column in columns], dim=1).view(rows, -1, 3)
+    return torch.stack([column.to(probabilities.dtype) for column in columns], dim=1).view(rows, -1, 3)
 
 
 def calibration_metrics(sums: Tensor) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def calibration_metrics(sums: Tensor) -> dict[str, Any]:
 
     All NaN without a labelled pixel.
     """
-    sums = sums.double().cpu()
+    sums = sums.cpu().double()
     pixels = sums[-2, :, 0].sum()
     gaps = (sums[:-1, :, 1] - sums[:-1, :, 2]).abs().sum(dim=1) / pixels
     reliability = [
@@ -120,5 +121,6 @@ def boundary_metrics(counts: Tensor) -> dict[str, Any]:
 
     `per_category_boundary_iou`, NaN for classes that have no contour anywhere, and `mean_boundary_iou` without these.
     """
-    iou = counts[:, 0].double() / counts[:, 1]
+    counts = counts.cpu().double()
+    iou = counts[:, 0] / counts[:, 1]
     return {"mean_boundary_iou": iou.nanmean().item(), "per_category_boundary_iou": iou.tolist()}

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .fused import PADDING_INDEX as PADDING_INDEX  # part of the maths, which lives here for everybody else
-from .fused import FusedSoftLabelCrossEntropy, is_labelled, pixel_weights
+from .fused import FusedSoftLabelCrossEntropy, is_labelled, pixel_weights, widest_float
 
 PAIRS = ("all", "same_class")
 POOLINGS = ("keys", "both")
@@ -476,14 +476,16 @@ def count_pixels(
 ) -> Tensor:
     """The `num_items` of some labels: how many pixels are labelled, and how many are distilled. int64 `(2,)`.
 
-    With `class_weights` the first is the sum of the weights of their classes, and both are float64.
+    With `class_weights` the first is the sum of the weights of their classes, and both are [`widest_float`].
     """
     labelled = is_labelled(labels, ignore_index)
     void = (labels == ignore_index).sum() if distill_void else labels.new_zeros(())
     if class_weights is None:
         return torch.stack([labelled.sum(), void])
     per_class = torch.bincount(labels[labelled], minlength=len(class_weights))
-    return torch.stack([per_class.double() @ class_weights.to(labels.device).double(), void.double()])
+    dtype = widest_float(labels.device)
+    weights = class_weights.to(labels.device, dtype)
+    return torch.stack([per_class.to(dtype) @ weights, void.to(dtype)])
 
 
 def _pixel_counts(

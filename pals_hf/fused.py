@@ -111,6 +111,11 @@ def is_labelled(labels: Tensor, ignore_index: int = 255) -> Tensor:
     return (labels != ignore_index) & (labels != PADDING_INDEX)
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """For sums over many pixels: float64, which Apple's MPS has not."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def pixel_weights(target: Tensor, labelled: Tensor, class_weights: Tensor | None) -> Tensor:
     """What each pixel counts: 0 without a label, else the weight of its class, or 1. `target` is a class anywhere."""
     return labelled if class_weights is None else class_weights[target] * labelled

@@ -527,7 +527,7 @@ class PALSTrainer(DurableTrainer):
         self.metrics.add_counts(prediction.predictions)
         losses, *more = prediction.label_ids if self.args.eval_calibration else (prediction.label_ids,)
         self._cross_entropy_sum += losses.cpu().double().sum().item()
-        more = [images.sum(dim=0).cpu() for images in more]
+        more = [images.sum(dim=0).cpu().double() for images in more]
         self._more_sums = [old + new for old, new in zip(self._more_sums or [0, 0], more, strict=False)]
         if not compute_result:
             return {}

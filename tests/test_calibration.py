@@ -46,6 +46,15 @@ def test_against_a_plain_reference():
     assert sum(shares) == pytest.approx(1.0)
 
 
+def test_on_a_device_without_float64(monkeypatch):
+    logits, labels = batch()
+    there = calibration_sums(logits, labels)
+    monkeypatch.setattr("pals_hf.calibration.widest_float", lambda device: torch.float32)
+    here = calibration_sums(logits, labels)
+    assert here.dtype == torch.float32
+    torch.testing.assert_close(here.double(), there, rtol=1e-4, atol=1.5)  # on the edge of a bin a pixel may turn
+
+
 def test_a_calibrated_and_an_overconfident_network():
     """Of pixels that all get 0.8, 80 % are right; then all get 1."""
     labels = (torch.arange(1000) % 5 == 0).long().view(1, 20, 50)

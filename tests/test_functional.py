@@ -559,6 +559,14 @@ class TestSoftLabelCrossEntropy:
         ]
         torch.testing.assert_close(sum(halves), loss)
 
+    def test_weighted_pixels_on_a_device_without_float64(self, monkeypatch):
+        labels, weights = torch.randint(0, 4, (2, 9, 7)), torch.tensor([0.5, 1.0, 2.0, 0.25])
+        there = count_pixels(labels, class_weights=weights)
+        monkeypatch.setattr("pals_hf.functional.widest_float", lambda device: torch.float32)
+        here = count_pixels(labels, class_weights=weights)
+        assert (there.dtype, here.dtype) == (torch.float64, torch.float32)
+        assert torch.equal(here.double(), there)  # these weights are exact in both
+
     def test_class_weights_of_another_number(self):
         logits, _, labels = class_weight_inputs()
         with pytest.raises(ValueError, match="class_weights must be 4 numbers"):
