@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What PALS costs: side by side, in one run, on this machine.
+"""Measure the cost of PALS on this machine, side by side in one run.
 
     python examples/benchmark_loss.py                      # everything, on all cores
     python examples/benchmark_loss.py --sections loss --device cuda
 
-Times are medians of rounds in which the variants take turns, so that a noisy machine disturbs all alike. Memory is the
-peak of one call above what was in use before it, each in a fresh process. Ratios are to the first variant of a case;
-`benchmark.json` and `benchmark.png` hold all of it.
+Times are medians of rounds in which the variants take turns, so that a noisy machine disturbs all of them alike.
+Memory is the peak of one call above the memory in use before the call, each in a fresh process. Ratios are to the
+first variant of a case. The figures are written to `benchmark.json` and `benchmark.png`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,12 +42,14 @@ from transformers import (
 from transformers.utils import is_matplotlib_available, logging
 
 from pals_hf import PALSConfig, PALSLoss, PALSTrainer
-from pals_hf.functional import aggregate_probabilities
-from pals_hf.losses import PRESETS, CrossEntropyLoss, LabelSmoothingLoss
+from pals_hf.functional import Affinity, aggregate_probabilities
+from pals_hf.losses import CrossEntropyLoss, LabelSmoothingLoss
 
 Variants = dict[str, Callable[[], float | None]]
 
 FEATURES = 256  # channels of SegFormer-B0's classifier input
+EXACT = Affinity(tau=0.3, keys=None)
+KEYS = (64, 128, 256, 512, 2048, None)
 
 
 # ---- What is measured: each function gives the variants of one case, the first of them the baseline. ----
@@ -62,8 +65,9 @@ def aggregation(device: str, cells: int) -> Variants:
     if cells > 16384:
         variants = {}  # 17 GB at 65 536 cells
     return variants | {
-        "float32": lambda: aggregate_probabilities(features, probabilities, tau=0.3),
-        "bfloat16": lambda: aggregate_probabilities(half, probabilities, tau=0.3),
+        "float32": lambda: aggregate_probabilities(features, probabilities, EXACT),
+        "bfloat16": lambda: aggregate_probabilities(half, probabilities, EXACT),
+        "float32, 256 keys": lambda: aggregate_probabilities(features, probabilities, replace(EXACT, keys=256)),
     }
 
 
@@ -94,13 +98,9 @@ def loss(device: str, classes: int) -> Variants:
         return run
 
     losses = {"PALS, q given": step(PALSLoss(), logits, labels, aggregated=q)}
-    losses["PALS, own prediction"] = step(PALSLoss(propagation_weight=0.0), logits, labels, features)
-    cap = PRESETS["default"]["max_affinity_cells"]
-    losses["PALS, default"] = step(PALSLoss(max_affinity_cells=cap), logits, labels, features)
-    sharp = PALSLoss(max_affinity_cells=cap, affinity_pooling="keys")
-    losses["PALS, blocks as keys"] = step(sharp, logits, labels, features)
-    for stride in (1, 2, 4):
-        losses[f"PALS, stride {stride}"] = step(PALSLoss(affinity_stride=stride), logits, labels, features)
+    losses["self-distillation"] = step(PALSLoss(affinity=Affinity(weight=0.0)), logits, labels, features)
+    for keys in KEYS:
+        losses[f"PALS, {keys or 'all'} keys"] = step(PALSLoss(affinity=Affinity(keys=keys)), logits, labels, features)
     return {
         "transformers CE": step(transformers_path),
         "CE": step(CrossEntropyLoss(), logits, labels),
@@ -116,7 +116,7 @@ def step(device: str, architecture: str, classes: int) -> Variants:
         "PALSTrainer + CE": (PALSTrainer, PALSConfig, {"loss": "ce"}),
         "PALSTrainer + PALS": (PALSTrainer, PALSConfig, {}),
         "PALSTrainer + PALS, channels last": (PALSTrainer, PALSConfig, {"channels_last": True}),
-        "PALSTrainer + PALS, stride 1": (PALSTrainer, PALSConfig, {"max_affinity_cells": 65536}),
+        "PALSTrainer + PALS, all pairs": (PALSTrainer, PALSConfig, {"affinity": {"keys": None}}),
     }
     return {
         name: lambda side=side: training_step(device, architecture, classes, *side) for name, side in sides.items()
@@ -356,7 +356,7 @@ def errors_of_aggregation(device: str, cells: int = 16384) -> dict[str, float]:
     expected = torch.cat([torch.softmax(rows @ f.T / 0.3, dim=1) @ p for rows in f.split(2048)])
     errors = {}
     for name, maps in (("float32", features), ("bfloat16", features.bfloat16())):
-        q = aggregate_probabilities(maps, probabilities, tau=0.3)[0].flatten(1).T.double()
+        q = aggregate_probabilities(maps, probabilities, EXACT)[0].flatten(1).T.double()
         errors[name] = float((q - expected).norm() / expected.norm())
     return errors
 

@@ -1,17 +1,20 @@
 #!/usr/bin/env python
-"""Train, check and publish the reference checkpoints that model_cards/references.yaml names.
+"""Train, check and publish the reference checkpoints listed in model_cards/references.yaml.
 
     pip install -e ".[study]"
-    python examples/publish_checkpoints.py OWNER        # run where the data of the study lies
-    python tests/hub.py python examples/publish_checkpoints.py OWNER        # a dry run against a stand-in of the Hub
+    python examples/publish_checkpoints.py OWNER  # in the folder with the data of the study
+    python tests/hub.py python examples/publish_checkpoints.py OWNER  # a dry run with a local stand-in for the Hub
 
-Each is a run of a study. It is trained, unless its folder is still there; loaded and scored again as others will load
-it, and compared with the result of the study; its card, with the study's comparison, is written to model_cards/NAME;
-and it is pushed to OWNER/NAME, without pictures of the data. Without OWNER everything but the push is done.
+Each checkpoint is a run of a study. For each one, this program:
+
+1. trains the run, unless its folder still exists;
+2. loads and evaluates the checkpoint as users will, and compares the mIoU with its card and the study;
+3. writes the model card, with the study's comparison, to model_cards/NAME;
+4. pushes the checkpoint to OWNER/NAME, without pictures of the data. Without OWNER, nothing is pushed.
+
+To render the cards again after a study has new results:
 
     python examples/publish_checkpoints.py --render_only
-
-only renders the cards anew, with what the studies say now.
 """
 
 from __future__ import annotations
@@ -24,25 +27,26 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import run_seg_pals
+import study_train
 import yaml
-from push_checkpoint import push
-from run_seg_pals import fail, to_argv
 from study_fractions import Results, comparison
-from sweep import Cell, read_cells, read_result, run_cells
+from sweep import Cell, read_cells, read_results, run_cells
 
+from pals_hf.cli.ending import fail
+from pals_hf.cli.parser import to_argv
+from pals_hf.cli.push import push
 from pals_hf.errors import InputError, PushError
 from pals_hf.model_card import CardData, pictures_in
 
 REFERENCES = Path(__file__).parents[1] / "model_cards" / "references.yaml"
-OF_THE_DATA = "predictions.png"  # whose pictures are not ours to publish
-SAME = 0.02  # mIoU: another machine trains another network, but not one of another kind
+OF_THE_DATA = "predictions.png"  # shows images of the data set, which are not ours to publish
+SAME = 0.02  # tolerance in mIoU between the study and a training on another machine
 DATA_FLAGS = ("dataset_dir", "dataset_name", "void_labels", "id2label", "palette", "eval_calibration", "eval_window")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A checkpoint to publish: the run of a study, and the folder of its card."""
+    """A checkpoint to publish: a run of a study, and the folder of its card."""
 
     card_dir: Path
     study: Path
@@ -59,60 +63,63 @@ class Reference:
 
     @property
     def result(self) -> dict:
-        """Of the study.
+        """The result of the run in the study.
 
         Raises:
-            InputError: the study has not got it.
+            InputError: the study has no result of the run.
         """
-        result = read_result(self.study, self.cell)
+        result = read_results(self.study, [self.cell]).get(self.cell.name)
         if result is None:
-            raise InputError(f"{self.study} has no result of {self.cell.name}: study_fractions.py --run makes it")
+            raise InputError(f"{self.study} has no result of {self.cell.name}. Run it with study_fractions.py --run.")
         return result
 
 
 def read_references(path: Path = REFERENCES) -> list[Reference]:
-    """Studies are named from the folder above that of the list, cards lie beside it."""
+    """Read the list of references. Studies are relative to the parent of its folder, and cards are in its folder."""
     references = []
     for name, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         study = path.parents[1] / entry["study"]
         cell = next((cell for cell in read_cells(study / "recipe.yaml") if cell.place == entry["run"]), None)
         if cell is None:
-            raise InputError(f"{path}: {name} is no run of {study / 'recipe.yaml'}: {entry['run']}")
+            raise InputError(f"{path}: the run of {name} is not in {study / 'recipe.yaml'}: {entry['run']}.")
         references.append(Reference(path.parent / name, study, entry["study"], cell))
     return references
 
 
 def trained(reference: Reference) -> Path:
-    """The folder of the run, trained if need be.
+    """Return the folder of the run. Train it first if it does not exist.
 
     Raises:
-        InputError: it cannot be trained.
+        InputError: the training failed.
     """
     if (reference.run_dir / "model.safetensors").exists():
         return reference.run_dir
     work = Path("runs") / "references"
     ((_, result),) = run_cells([reference.cell], work)
     if isinstance(result, Exception):
-        raise InputError(f"{reference.name} could not be trained: {result}")
+        raise InputError(f"{reference.name}: the training failed: {result}")
     return work / "runs" / reference.cell.name
 
 
 def check(reference: Reference, run_dir: Path) -> None:
-    """Score it as others will load it.
+    """Load and evaluate a checkpoint as users will.
 
     Raises:
-        InputError: it is not what its card says, or far from the result of the study.
+        InputError: the mIoU differs from that of its card, or by more than the tolerance from that of the study.
     """
     flags = {name: value for name, value in reference.cell.flags.items() if name in DATA_FLAGS}
     with tempfile.TemporaryDirectory() as folder:
-        run_seg_pals.main(
+        study_train.main(
             [*to_argv(flags), "--eval_only", "--model_name_or_path", str(run_dir), "--output_dir", folder]
         )
         again = json.loads((Path(folder) / "eval_results.json").read_text(encoding="utf-8"))["eval_mean_iou"]
     said = CardData.load(run_dir).metrics["eval_mean_iou"]
     studied = reference.result["metrics"]["eval_mean_iou"]
     if abs(again - said) > 1e-6 or abs(again - studied) > SAME:
-        raise InputError(f"{reference.name}: mIoU {again:.4f}, its card says {said:.4f}, the study {studied:.4f}")
+        raise InputError(
+            f"{reference.name}: the mIoU is {again:.4f}, but its card says {said:.4f} and the study {studied:.4f}. "
+            f"Delete {run_dir} to train it again."
+        )
 
 
 def with_comparison(card: CardData, reference: Reference) -> CardData:
@@ -122,7 +129,7 @@ def with_comparison(card: CardData, reference: Reference) -> CardData:
 
 
 def write_card(card: CardData, reference: Reference, run_dir: Path) -> None:
-    """The card in model_cards/, with the pictures that may be shown."""
+    """Write the card to model_cards/, with the pictures that may be published."""
     pictures = tuple(name for name in pictures_in(run_dir) if name != OF_THE_DATA)
     reference.card_dir.mkdir(exist_ok=True)
     for name in pictures:
@@ -143,11 +150,11 @@ def publish(reference: Reference, owner: str | None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("owner", nargs="?", help="Organisation or user on the Hub. Default: nothing is pushed.")
+    parser.add_argument("owner", nargs="?", help="Organisation or user on the Hub. Without it, nothing is pushed.")
     parser.add_argument(
-        "--references", type=Path, default=REFERENCES, help="List of them. Cards are written beside it."
+        "--references", type=Path, default=REFERENCES, help="List of the checkpoints. Cards are written to its folder."
     )
-    parser.add_argument("--render_only", action="store_true", help="Only render the committed cards anew.")
+    parser.add_argument("--render_only", action="store_true", help="Only render the committed cards again.")
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
         for reference in read_references(options.references):

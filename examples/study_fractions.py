@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Compare methods over fractions of a training set, by paired runs, and say what the difference is worth.
+"""Compare methods on fractions of a training set with paired runs, and report whether they differ.
 
     pip install -e ".[study]"
     python examples/study_fractions.py examples/studies/camvid --run
 
-A study is a folder with a `recipe.yaml` of sweep.py whose axes are `method`, `train_fraction` and `pair`: a pair is a
-draw of the fraction and a seed, the same for all methods. Results are in `results/`, one JSON a run, written as they
-come; `--run` adds those that are missing. Then, without training, from the results alone:
+A study is a folder with a `recipe.yaml` of sweep.py, whose axes are `method`, `train_fraction` and `pair`. A pair is a
+draw of training images and a seed, the same for all methods. `results.jsonl` has one result per line, and `--run`
+appends the missing ones. From these results, this program writes:
 
-- `table.md`, `table.csv`: the mean of each method, its paired difference to each baseline with a 95 % interval
-  (Student's t) and an exact two-sided p (sign flips of the pairs);
-- `fractions.png`, `classes.png`, `reliability.png`: mIoU against the fraction, gain of each class, calibration.
+- `table.md`, `table.csv`: the mean of each method, and its paired difference to each baseline with a 95 % interval
+  (Student's t) and an exact two-sided p-value (sign-flip test over the pairs);
+- `fractions.png`, `classes.png`, `reliability.png`: mIoU by fraction, IoU gain by class, and reliability diagrams.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from run_seg_pals import fail
 from scipy import stats
-from sweep import Cell, read_cells, read_result, reason_of, run_cells
+from sweep import Cell, read_cells, read_results, reason_of, run_cells
 from tqdm import tqdm
 
+from pals_hf.cli.ending import fail
 from pals_hf.errors import InputError
-from pals_hf.files import write_whole
+from pals_hf.files import atomic_write_text
 from pals_hf.model_card import Comparison
 
 AXES = ("method", "train_fraction", "pair")
-MIN_PAIRS = 6  # with fewer no sign test reaches 5 %
-METRICS = {  # name: (key of the results, factor, unit)
+MIN_PAIRS = 6  # with fewer pairs, p cannot be below 5 % in a sign-flip test
+METRICS = {  # name: (key in the results, factor, unit)
     "mIoU": ("eval_mean_iou", 100, "%"),
     "mean accuracy": ("eval_mean_accuracy", 100, "%"),
     "pixel accuracy": ("eval_overall_accuracy", 100, "%"),
@@ -46,12 +46,17 @@ METRICS = {  # name: (key of the results, factor, unit)
     "NLL": ("eval_loss", 1, "nats"),
     "Brier": ("eval_brier", 1, ""),
 }
-SHOWN = {"mIoU": 2, "boundary IoU": 2, "ECE": 2, "NLL": 3}  # in Markdown, with so many digits; table.csv has all
+SHOWN = {
+    "mIoU": 2,
+    "boundary IoU": 2,
+    "ECE": 2,
+    "NLL": 3,
+}  # the metrics in table.md, with their decimals
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A method against a baseline, over pairs of runs."""
+    """The mean difference of a method to a baseline over pairs of runs, with its 95 % interval and p-value."""
 
     difference: float
     low: float
@@ -61,7 +66,7 @@ class Difference:
 
     @classmethod
     def of(cls, method: np.ndarray, baseline: np.ndarray) -> Difference:
-        """`method` and `baseline` are values of the same pairs in the same order; NaN interval for a single pair."""
+        """Compare values of the same pairs in the same order. For a single pair, interval and p are NaN."""
         differences = method - baseline
         if len(differences) < 2:
             return cls(float(differences.mean()), np.nan, np.nan, np.nan, len(differences))
@@ -78,24 +83,24 @@ class Difference:
 
 
 def read_study(folder: Path, baselines: Sequence[str] = ()) -> list[Cell]:
-    """All cells of a study's recipe.
+    """Return all cells of a study's recipe.
 
     Raises:
-        InputError: its axes are not those of a study, a fraction is no number, or a baseline none of its methods.
+        InputError: the axes are not those of a study, a fraction is not a number, or a baseline is not a method.
     """
     path = folder / "recipe.yaml"
     cells = read_cells(path)
     for cell in cells:
         if set(cell.place) != set(AXES):
-            raise InputError(f"{path}: the axes of a study are {', '.join(AXES)}, got {cell.name}")
+            raise InputError(f"{path}: the axes must be {', '.join(AXES)}, got those of {cell.name}.")
         if not is_number(cell.place["train_fraction"]):
             raise InputError(
-                f"{path}: train_fraction {cell.place['train_fraction']} must be a number, or named by one"
+                f"{path}: train_fraction {cell.place['train_fraction']} must be a number or have a number as its name."
             )
     methods = list(dict.fromkeys(cell.place["method"] for cell in cells))
     for baseline in baselines:
         if baseline not in methods:
-            raise InputError(f"baseline {baseline} is no method of {path}: {methods}")
+            raise InputError(f"{path}: baseline {baseline} is not a method. Choose from {', '.join(methods)}.")
     return cells
 
 
@@ -107,28 +112,28 @@ def is_number(text: str) -> bool:
 
 
 class Results:
-    """All results of a study: `cells[method, fraction]` is `{pair: result}`, `fractions` those that have any."""
+    """The results of a study: `cells[method, fraction]` is `{pair: result}`, `fractions` has those with results."""
 
     def __init__(self, folder: Path):
         self.cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
         cells = read_study(folder)
-        for cell in cells:
-            result = read_result(folder, cell)
-            if result is not None:
-                key = cell.place["method"], cell.place["train_fraction"]
-                self.cells.setdefault(key, {})[cell.place["pair"]] = result
+        done = read_results(folder, cells)
+        for cell in (cell for cell in cells if cell.name in done):
+            key = cell.place["method"], cell.place["train_fraction"]
+            self.cells.setdefault(key, {})[cell.place["pair"]] = done[cell.name]
         self.methods = list(dict.fromkeys(cell.place["method"] for cell in cells))
         fractions = dict.fromkeys(cell.place["train_fraction"] for cell in cells)
-        self.fractions = [f for f in fractions if any(fraction == f for _, fraction in self.cells)]  # with results
+        self.fractions = [f for f in fractions if any(fraction == f for _, fraction in self.cells)]
         self.missing = len(cells) - sum(map(len, self.cells.values()))
 
     def values(self, method: str, fraction: str, read: Callable[[dict], float]) -> dict[str, float]:
-        """A figure of each pair of runs that has it."""
+        """Return the metric of each pair whose run has it."""
         results = self.cells.get((method, fraction), {})
         found = {pair: read(result["metrics"]) for pair, result in results.items()}
         return {pair: value for pair, value in found.items() if not np.isnan(value)}
 
     def compare(self, method: str, baseline: str, fraction: str, read: Callable[[dict], float]) -> Difference | None:
+        """Compare two methods on the pairs that both have. Return None if there are none."""
         ours, theirs = (self.values(name, fraction, read) for name in (method, baseline))
         both = [pair for pair in ours if pair in theirs]
         if not both:
@@ -137,16 +142,17 @@ class Results:
 
 
 def reader(key: str, factor: float) -> Callable[[dict], float]:
+    """Return a function that reads a metric from a result's metrics, NaN if it is missing."""
     return lambda metrics: np.nan if metrics.get(key) is None else factor * metrics[key]
 
 
 def baselines_of(method: str, baselines: list[str]) -> list[str]:
-    """What a method is compared with: all baselines, a baseline only with those before it."""
+    """Return the baselines for a method: all of them, or for a baseline only those before it."""
     return baselines[: baselines.index(method)] if method in baselines else baselines
 
 
 def table_rows(results: Results, baselines: list[str]) -> list[dict[str, Any]]:
-    """A row for each figure of a method and each baseline it can be compared with, or one without a comparison."""
+    """Return a row for each method, metric and baseline. Without a baseline to compare with, there is one row."""
     rows = []
     for fraction in results.fractions:
         for method in results.methods:
@@ -169,7 +175,7 @@ def table_rows(results: Results, baselines: list[str]) -> list[dict[str, Any]]:
 
 
 def markdown(results: Results, baselines: list[str]) -> str:
-    """For each fraction a table of means, and one of differences."""
+    """Return a table of means and a table of differences for each fraction."""
     lines = []
     for fraction in results.fractions:
         means, differences = [], []
@@ -193,11 +199,11 @@ def markdown(results: Results, baselines: list[str]) -> str:
         if differences:
             lines += table(["method", "against", "pairs", *SHOWN, "p of mIoU"], differences)
     lines.append(
-        "Means over pairs of (draw, seed), and paired differences, in brackets their 95 % interval. A difference "
-        f"whose interval holds 0, or of fewer than {MIN_PAIRS} pairs, is no claim."
+        "Values are means over pairs of (draw, seed). Differences are paired, with 95 % intervals in brackets. A "
+        f"difference is inconclusive if its interval contains 0, or if it rests on fewer than {MIN_PAIRS} pairs."
     )
     if results.missing:
-        lines.append(f"{results.missing} runs of the recipe are missing.")
+        lines.append(f"Runs of the recipe without a result: {results.missing}.")
     return "\n".join(lines) + "\n"
 
 
@@ -206,14 +212,14 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def comparison(results: Results, fraction: str, study: str, own: str, baseline: str = "ce") -> Comparison:
-    """What a study says of those methods on a fraction that it has run on the same pairs, for a model card.
+    """Return the comparison for a model card: the methods that were run on the same pairs as the checkpoint's.
 
     Args:
-        results: of the study.
-        fraction: as its recipe calls it.
-        study: where it is, for readers.
-        own: the method of the card's checkpoint.
-        baseline: the method that the others are compared with.
+        results: The results of the study.
+        fraction: The fraction, as the recipe names it.
+        study: The folder of the study, as the card shows it.
+        own: The method of the card's checkpoint.
+        baseline: The method that the others are compared with.
     """
     rows, mean_iou, ece = [], reader("eval_mean_iou", 100), reader("eval_ece", 100)
     pairs = results.cells.get((own, fraction), {})
@@ -240,13 +246,13 @@ def plot(results: Results, folder: Path, baseline: str) -> None:
 
 
 def comparable(results: Results, fraction: str, baseline: str) -> list[str]:
-    """The methods whose means can be set beside the baseline's: they were run on the same pairs."""
+    """Return the methods whose means are comparable with the baseline's, because they have the same pairs."""
     pairs = results.cells.get((baseline, fraction), {}).keys()
     return [m for m in results.methods if pairs and results.cells.get((m, fraction), {}).keys() == pairs]
 
 
 def styles(results: Results) -> dict[str, dict[str, Any]]:
-    """A colour for each method that has results, the same in all figures; after ten the same with other lines."""
+    """Return a line style for each method with results: ten colours, then the same colours with other dashes."""
     from matplotlib import colormaps
 
     found = [method for method in results.methods if any(key[0] == method for key in results.cells)]
@@ -258,13 +264,13 @@ def styles(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def legend(figure: Any, axes: Any) -> None:
-    """One above the panels, of what is in any of them."""
+    """Draw one legend above the panels, with the methods of all of them."""
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", fontsize=8, ncols=4)
 
 
 def plot_fractions(results: Results, path: Path, baseline: str) -> None:
-    """Mean IoU against the fraction, with bands of 95 %."""
+    """Plot the mIoU over the fraction, with 95 % bands."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -285,7 +291,7 @@ def plot_fractions(results: Results, path: Path, baseline: str) -> None:
 
 
 def plot_classes(results: Results, path: Path, baseline: str) -> None:
-    """The mean gain of each class in IoU over the baseline, a panel a fraction."""
+    """Plot the mean IoU gain of each class over the baseline, one panel for each fraction."""
     from matplotlib.figure import Figure
 
     names = next((r["classes"] for cell in results.cells.values() for r in cell.values() if "classes" in r), None)
@@ -311,6 +317,7 @@ def plot_classes(results: Results, path: Path, baseline: str) -> None:
 
 
 def class_gains(results: Results, method: str, baseline: str, fraction: str) -> np.ndarray:
+    """Return the mean IoU gain of each class over the baseline, in points. NaN for a class without an IoU."""
     ours, theirs = (results.cells.get((name, fraction), {}) for name in (method, baseline))
     gains = [
         100
@@ -326,7 +333,7 @@ def class_gains(results: Results, method: str, baseline: str, fraction: str) -> 
 
 
 def plot_reliability(results: Results, path: Path, baseline: str) -> None:
-    """Share of hits against confidence, over all pairs of runs, a panel a fraction."""
+    """Plot accuracy over confidence, averaged over all runs of a method, one panel for each fraction."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(results.fractions), 4), layout="constrained")
@@ -346,14 +353,14 @@ def plot_reliability(results: Results, path: Path, baseline: str) -> None:
 
 
 def run_missing(folder: Path, options: dict[str, Any]) -> bool:
-    """Train what is missing; whether all of it worked."""
+    """Train the missing runs, and return whether all of them succeeded."""
     cells, worked = read_study(folder), True
     with tqdm(total=len(cells), desc="runs") as progress:
         for cell, result in run_cells(cells, folder, **options):
             progress.update()
             if isinstance(result, Exception):
                 worked = False
-                progress.write(f"failed: {cell.name}: {reason_of(result)}")
+                progress.write(f"{cell.name}: failed: {reason_of(result)}")
             else:
                 progress.write(f"{cell.name}: mIoU {100 * result['metrics']['eval_mean_iou']:.2f}")
     return worked
@@ -361,27 +368,27 @@ def run_missing(folder: Path, options: dict[str, Any]) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="Folder with recipe.yaml.")
-    parser.add_argument("--run", action="store_true", help="Train what is missing first.")
+    parser.add_argument("study", type=Path, help="Folder of the study, with its recipe.yaml.")
+    parser.add_argument("--run", action="store_true", help="Train the missing runs first.")
     parser.add_argument(
-        "--baseline", nargs="+", default=["ce"], help="The methods the others are compared with; figures: the first."
+        "--baseline", nargs="+", default=["ce"], help="Methods to compare the others with. Figures use the first one."
     )
-    parser.add_argument("--address", help="Ray cluster. Default: this machine.")
-    parser.add_argument("--cpus_per_cell", type=int, help="Cores of a training. Default: all of a machine.")
-    parser.add_argument("--gpus_per_cell", type=float, default=0)
+    parser.add_argument("--address", help="Address of a Ray cluster, `auto` on its machines. Default: this machine.")
+    parser.add_argument("--cpus_per_cell", type=int, help="CPU cores for each training. Default: all of a machine.")
+    parser.add_argument("--gpus_per_cell", type=float, default=0, help="GPUs for each training. Default: 0.")
     options = vars(parser.parse_args(argv))
     folder, baselines, worked = options.pop("study"), options.pop("baseline"), True
     try:
-        read_study(folder, baselines)  # before days of training
+        read_study(folder, baselines)  # fail before days of training, not after
         if options.pop("run"):
             worked = run_missing(folder, options)
         results = Results(folder)
         if not results.cells:
-            raise InputError(f"{folder} has no results yet: --run makes them")
+            raise InputError(f"{folder} has no results yet. Train the runs with --run.")
     except InputError as error:
         fail(error)
     rows = table_rows(results, baselines)
-    write_whole(folder / "table.md", markdown(results, baselines))
+    atomic_write_text(folder / "table.md", markdown(results, baselines))
     with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()

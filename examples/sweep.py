@@ -4,19 +4,20 @@
     pip install -e ".[sweep]"
     python examples/sweep.py examples/sweeps/builtin.yaml --output_dir runs/sweep
 
-The recipe has flags of run_seg_pals.py that all trainings share, and axes whose values are combined:
+The recipe has the flags of study_train.py that all trainings share, and a grid of axes:
 
     common: {dataset_dir: camvid, void_labels: [11], max_steps: 500}
     grid:
-      method:                             # an axis of named sets of flags
+      method:                             # an axis with named sets of flags
         ce: {loss: ce}
         pals: {loss: pals, beta: 0.5}
-      train_fraction: [0.1, 0.5]          # an axis of values of one flag
+      train_fraction: [0.1, 0.5]          # an axis with values of one flag
       seed: [0, 1]
 
-Each cell is a training of its own; its result is written to `results/CELL.json` as soon as it exists. A sweep that was
-interrupted goes on where it stopped, inside a training too. A cell that fails is tried again, and then reported at the
-end, with exit code 1. On several machines the output folder and the data must be where all of them see them.
+Each combination of values is a cell, which is one training. Its result is appended to `results.jsonl` as soon as the
+training ends. An interrupted sweep resumes where it stopped, also within a training. A failed cell is retried. If it
+fails again, it is reported at the end, and the exit code is 1. With several machines, all of them need access to the
+data and the output folder.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import shutil
 import sys
 import time
@@ -35,20 +37,22 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import run_seg_pals
+import study_train
 import yaml
-from run_seg_pals import fail, to_argv
+from filelock import FileLock
 from tqdm import tqdm
 
 from pals_hf.checkpoints import last_complete_checkpoint
+from pals_hf.cli.ending import fail
+from pals_hf.cli.parser import to_argv
 from pals_hf.errors import InputError
-from pals_hf.files import write_whole
+from pals_hf.files import atomic_write_text
 from pals_hf.model_card import CardData, processor_name, versions
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training of a sweep: where it stands on each axis, and its flags."""
+    """One training of a sweep: its value on each axis, and its flags."""
 
     place: dict[str, str]
     flags: dict[str, Any]
@@ -59,17 +63,19 @@ class Cell:
 
 
 def read_cells(path: Path) -> list[Cell]:
-    """All cells of a recipe.
+    """Return all cells of a recipe.
 
     Raises:
-        InputError: it is no recipe of a sweep, or a flag is given twice.
+        InputError: the recipe is not valid, or two axes set the same flag.
     """
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"recipe {path} cannot be read: {error}") from error
+        raise InputError(f"{path}: the recipe cannot be read: {error}") from error
     if not isinstance(recipe, dict) or not isinstance(recipe.get("grid"), dict) or recipe.keys() - {"common", "grid"}:
-        raise InputError(f"recipe {path} must have `grid`, a mapping of axes, and may have `common`, and nothing else")
+        raise InputError(
+            f"{path}: the recipe must have `grid`, a mapping of axes. It may have `common`, and no other key."
+        )
     common, axes = recipe.get("common") or {}, {}
     for axis, values in recipe["grid"].items():
         if isinstance(values, dict) and values and all(isinstance(flags, dict) for flags in values.values()):
@@ -77,51 +83,88 @@ def read_cells(path: Path) -> list[Cell]:
         elif isinstance(values, list) and values:
             axes[axis] = [(str(value), {axis: value}) for value in values]
         else:
-            raise InputError(f"recipe {path}: axis {axis} must be a list of values, or names with their flags")
+            raise InputError(f"{path}: axis {axis} must be a list of values or a mapping of names to flags.")
     cells = []
     for combination in itertools.product(*axes.values()):
         place = {axis: name for axis, (name, _) in zip(axes, combination, strict=True)}
         flags: dict[str, Any] = {}
         for axis, (_, more) in zip(axes, combination, strict=True):
             if twice := more.keys() & flags.keys():
-                raise InputError(f"recipe {path}: axis {axis} gives {min(twice)}, which another axis gives too")
+                raise InputError(f"{path}: axis {axis} sets {min(twice)}, which another axis sets too. Remove one.")
             flags |= more
         cells.append(Cell(place, {**common, **flags}))
     if bad := next((cell.name for cell in cells if "/" in cell.name), None):
-        raise InputError(f"recipe {path}: {bad} is to be a file name, so values of axes must have no slash: name them")
+        raise InputError(f"{path}: {bad} names a folder and must not contain a slash. Give that value a name.")
     return cells
 
 
-def result_path(output_dir: Path, cell: Cell) -> Path:
-    return output_dir / "results" / f"{cell.name}.json"
+def results_path(output_dir: Path) -> Path:
+    return output_dir / "results.jsonl"
 
 
-def read_result(output_dir: Path, cell: Cell) -> dict[str, Any] | None:
-    """The result of a cell that is done.
+def read_results(output_dir: Path, cells: list[Cell]) -> dict[str, dict[str, Any]]:
+    """Return the results of the cells that are done, by the name of the cell, in the order of `cells`.
+
+    A result belongs to the cell with the same place. If a place has several results, the last one counts.
 
     Raises:
-        InputError: there is a result, of a training with other flags.
+        InputError: a line is not a result, or a result was made with other flags than the recipe has now.
     """
-    path = result_path(output_dir, cell)
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    if result["flags"] != json.loads(json.dumps(cell.flags)):
-        raise InputError(f"{path} was made with other flags than the recipe has now: take another --output_dir")
-    return result
+    path, by_place, done = results_path(output_dir), {}, {}
+    content = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(without_torn_line(content).splitlines(), start=1):
+        try:
+            result = json.loads(line)
+            by_place[frozenset(result["place"].items())] = result
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: line {number} is not a result ({error!r}). Repair or delete it.") from error
+    for cell in cells:
+        result = by_place.get(frozenset(cell.place.items()))
+        if result is None:
+            continue
+        if result["flags"] != as_json(cell.flags):
+            raise InputError(
+                f"{path}: the result of {cell.name} was made with other flags than the recipe has now. "
+                "Use another folder, or delete that line."
+            )
+        done[cell.name] = result
+    return done
+
+
+def append_result(output_dir: Path, result: dict[str, Any]) -> None:
+    """Append a result to the file, so that neither a crash nor another sweep on the folder can mix up its lines."""
+    path = results_path(output_dir)
+    with FileLock(f"{path}.lock"), open(path, "a+b") as file:
+        file.seek(0)
+        file.truncate(len(without_torn_line(file.read())))
+        file.write(json.dumps(result).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def without_torn_line(content: bytes) -> bytes:
+    """Drop a last line without a line break: a crash cut it while it was written."""
+    return content[: content.rfind(b"\n") + 1]
+
+
+def as_json(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return flags as they read from a JSON file, to compare them with those of a result."""
+    return json.loads(json.dumps(flags))
 
 
 def refuse_other_flags(output_dir: Path, cell: Cell) -> None:
-    """A cell that was cut goes on with the flags that it began with.
+    """Check that an interrupted cell would resume with the flags it was started with.
 
     Raises:
-        InputError: the recipe has others now.
+        InputError: the recipe has other flags now.
     """
     began, folder = begun_path(output_dir, cell), output_dir / "runs" / cell.name
-    if not began.exists() or last_complete_checkpoint(folder) is None:  # or it failed before it got anywhere
+    if not began.exists() or last_complete_checkpoint(folder) is None:  # without a checkpoint, the cell starts anew
         return
-    if json.loads(began.read_text(encoding="utf-8")) != json.loads(json.dumps(cell.flags)):
-        raise InputError(f"{folder} was begun with other flags than the recipe has now: delete it")
+    if json.loads(began.read_text(encoding="utf-8")) != as_json(cell.flags):
+        raise InputError(
+            f"{folder} was started with other flags than the recipe has now. Delete the folder to train it anew."
+        )
 
 
 def begun_path(output_dir: Path, cell: Cell) -> Path:
@@ -129,10 +172,10 @@ def begun_path(output_dir: Path, cell: Cell) -> Path:
 
 
 def run_cell(cell: Cell, output_dir: Path, num_threads: int) -> dict[str, Any]:
-    """Train one cell, from its last checkpoint if it has one, and return what there is to know of it."""
+    """Train one cell, from its last checkpoint if there is one, and return its result."""
     folder, begin = output_dir / "runs" / cell.name, time.time()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(begun_path(output_dir, cell), json.dumps(cell.flags))
+    atomic_write_text(begun_path(output_dir, cell), json.dumps(cell.flags))
     go_on = last_complete_checkpoint(folder) is not None
     flags = {**cell.flags, "output_dir": str(folder), "num_threads": num_threads, "disable_tqdm": True}
     how = ["--resume_from_checkpoint", "last"] if go_on else ["--overwrite"]
@@ -141,7 +184,7 @@ def run_cell(cell: Cell, output_dir: Path, num_threads: int) -> dict[str, Any]:
     return {
         "place": cell.place,
         "flags": cell.flags,
-        "loss_settings": CardData.load(folder).loss_settings,  # flags leave to defaults what may change with a version
+        "loss_settings": CardData.load(folder).loss_settings,  # with the defaults of this version
         "classes": list(json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"].values()),
         "metrics": metrics,
         "seconds": time.time() - begin,
@@ -152,14 +195,14 @@ def run_cell(cell: Cell, output_dir: Path, num_threads: int) -> dict[str, Any]:
 
 
 def train_here(argv: list[str], log: Path) -> None:
-    """Train in this process, which ends with Ray's: no training outlives its sweep.
+    """Train in this process. It belongs to Ray, so that no training outlives its sweep.
 
     Raises:
-        RuntimeError: it failed; the message is the last line of its log.
+        RuntimeError: the training failed. The message ends with the last line of its log.
     """
     with open(log, "a", encoding="utf-8") as out, redirect_stdout(out), redirect_stderr(out):
         try:
-            run_seg_pals.main(argv)
+            study_train.main(argv)
             return
         except SystemExit as stop:
             code = stop.code
@@ -167,7 +210,7 @@ def train_here(argv: list[str], log: Path) -> None:
             traceback.print_exc()
             code = 1
     lines = log.read_text(encoding="utf-8").strip().splitlines()
-    raise RuntimeError(f"exit code {code}: {lines[-1] if lines else 'no output'}, see {log}")
+    raise RuntimeError(f"exit code {code}: {lines[-1] if lines else 'no output'} (log: {log})")
 
 
 def machine(num_threads: int) -> dict[str, Any]:
@@ -186,27 +229,34 @@ def run_cells(
     gpus_per_cell: float = 0,
     retries: int = 1,
 ) -> Iterator[tuple[Cell, dict[str, Any] | Exception]]:
-    """Run what is not done yet, and give each cell with its result, or with what went wrong, as it comes.
+    """Run the cells that are not done yet. Yield each cell with its result, or with its error, as it finishes.
 
-    Ray places the cells, retries them and survives lost machines. By default one cell takes a machine's cores.
+    Ray distributes and retries the cells, and survives the loss of a machine. By default, a cell uses all cores of a
+    machine.
+
+    Raises:
+        InputError: the flags of a finished or interrupted cell have changed, or no machine is large enough for a cell.
     """
-    done = {cell.name: result for cell in cells if (result := read_result(output_dir, cell)) is not None}
+    done = read_results(output_dir, cells)
     for cell in (cell for cell in cells if cell.name in done):
-        discard_checkpoints(output_dir, cell)  # maybe killed before it could
+        discard_checkpoints(output_dir, cell)  # the sweep may have been killed before it did
         yield cell, done[cell.name]
     wanted = [cell for cell in cells if cell.name not in done]
     if not wanted:
         return
     for cell in wanted:
         refuse_other_flags(output_dir, cell)
-    (output_dir / "results").mkdir(parents=True, exist_ok=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
     ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cpus = cpus_per_cell or int(min(node.get("CPU", 1) for node in nodes))
         if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus_per_cell for node in nodes):
-            raise InputError(f"no machine has {cpus} cores and {gpus_per_cell:g} GPUs: a cell would wait for ever")
-        # One cell a process: what a training leaves behind - memory, threads, a state of its own - ends with it.
+            raise InputError(
+                f"no machine has {cpus} cores and {gpus_per_cell:g} GPUs, so a cell would wait forever. "
+                "Lower --cpus_per_cell or --gpus_per_cell."
+            )
+        # Each cell has a process of its own, so that memory, threads and global state end with the training.
         remote = ray.remote(
             num_cpus=cpus, num_gpus=gpus_per_cell, max_retries=retries, retry_exceptions=True, max_calls=1
         )(run_cell)
@@ -219,7 +269,7 @@ def run_cells(
             except ray.exceptions.RayError as error:
                 yield cell, error
                 continue
-            write_whole(result_path(output_dir, cell), json.dumps(result, indent=2))
+            append_result(output_dir, result)
             discard_checkpoints(output_dir, cell)
             yield cell, result
     finally:
@@ -227,24 +277,26 @@ def run_cells(
 
 
 def discard_checkpoints(output_dir: Path, cell: Cell) -> None:
-    """What a finished cell has no use for: its model stays, the optimizer's state was for going on."""
+    """Delete the checkpoints of a finished cell. The final model stays."""
     for checkpoint in (output_dir / "runs" / cell.name).glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
 
 
 def reason_of(error: Exception) -> str:
-    """The last line of an error that crossed processes."""
+    """Return the last line of an error that Ray passed on from another process."""
     return next(line.strip() for line in reversed(str(error).splitlines()) if line.strip())
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/sweep"))
-    parser.add_argument("--address", help="Ray cluster, like `auto` on one of its machines. Default: this machine.")
-    parser.add_argument("--cpus_per_cell", type=int, help="Cores of a training. Default: all of a machine.")
-    parser.add_argument("--gpus_per_cell", type=float, default=0)
-    parser.add_argument("--retries", type=int, default=1, help="How often a failed cell is tried again.")
+    parser.add_argument("recipe", type=Path, help="YAML file with the grid.")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/sweep"), help="Folder for results and runs. Default: runs/sweep."
+    )
+    parser.add_argument("--address", help="Address of a Ray cluster, `auto` on its machines. Default: this machine.")
+    parser.add_argument("--cpus_per_cell", type=int, help="CPU cores for each training. Default: all of a machine.")
+    parser.add_argument("--gpus_per_cell", type=float, default=0, help="GPUs for each training. Default: 0.")
+    parser.add_argument("--retries", type=int, default=1, help="How often to retry a failed cell. Default: 1.")
     options = vars(parser.parse_args(argv))
     output_dir, failed = options.pop("output_dir"), {}
     try:
@@ -260,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
                     progress.write(f"{cell.name}: mIoU {score:.4f}, {result['seconds']:.0f} s")
     except InputError as error:
         fail(error)
-    print(f"{len(cells) - len(failed)} of {len(cells)} cells are done: {output_dir / 'results'}")
+    print(f"{len(cells) - len(failed)} of {len(cells)} cells are done. Results: {results_path(output_dir)}")
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}")
     sys.exit(1 if failed else 0)

@@ -1,17 +1,30 @@
 """PALS for Hugging Face: train segmentation models with few labelled images.
 
-Names are loaded when first used, so `import pals_hf` is cheap.
+Names are loaded when they are first used, so `import pals_hf` is cheap.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # type checkers do not see the lazy names
+    from .config import PALSConfig as PALSConfig
+    from .data import load_segmentation_dataset as load_segmentation_dataset
+    from .data import train_fraction as train_fraction
+    from .functional import Affinity as Affinity
+    from .losses import PALSLoss as PALSLoss
+    from .metrics import SegmentationMetrics as SegmentationMetrics
+    from .network_loss import compute_loss_func as compute_loss_func
+    from .trainer import PALSTrainer as PALSTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Affinity": "functional",
     "PALSConfig": "config",
     "PALSLoss": "losses",
     "PALSTrainer": "trainer",
     "SegmentationMetrics": "metrics",
+    "compute_loss_func": "network_loss",
     "load_segmentation_dataset": "data",
     "train_fraction": "data",
 }

@@ -1,4 +1,4 @@
-"""How far probabilities can be trusted, and how good contours are: streaming, like [`metrics`]."""
+"""Streaming metrics of calibration and of contours. Like those of [`metrics`], they are sums over images."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import is_labelled, tiles, widest_float
+from .functional.fused import is_labelled, tiles, widest_float
 
 NUM_BINS = 15
-BOUNDARY_SHARE = 0.02  # width of the contour, in diagonals of the image
+BOUNDARY_SHARE = 0.02  # width of the contour region as a share of the image diagonal
 
 
 def calibration_sums(logits: Tensor, labels: Tensor, ignore_index: int = 255, num_bins: int = NUM_BINS) -> Tensor:
-    """What calibration is computed from, for the labelled pixels of some images.
+    """Sum probabilities and hits of the labelled pixels by bin, for [`calibration_metrics`].
 
-    Probabilities are `softmax(up(z))`, upsampled as in [`soft_label_cross_entropy`], tile by tile. A bin holds the
-    probabilities in `[b / num_bins, (b + 1) / num_bins)`, the last one also 1.
+    Probabilities are `softmax(up(z))`, upsampled tile by tile as in [`soft_label_cross_entropy`]. Bin b contains the
+    probabilities in `[b / num_bins, (b + 1) / num_bins)`, and the last bin also 1.
 
     Args:
         logits: `(B, C, h, w)`.
-        labels: `(B, H, W)`, classes, `ignore_index` or [`PADDING_INDEX`].
-        ignore_index: label of void pixels, which are not counted.
-        num_bins: bins of equal width.
+        labels: `(B, H, W)`, int64: classes, `ignore_index` or [`PADDING_INDEX`].
+        ignore_index: label of unlabelled pixels, which are not counted.
+        num_bins: number of bins of equal width.
 
     Returns:
-        `(C + 2, num_bins, 3)` of [`widest_float`]. Row c < C: for the probability of class c in each bin the number of
-        pixels, the sum of probabilities, and how often c was the label. Row C: the same for the most likely class. Row
-        C + 1: its very first entry is the sum over pixels of the Brier score, the rest is 0.
+        `(C + 2, num_bins, 3)` of [`widest_float`]. Row c < C: for each bin of the probability of class c, the number
+        of pixels, the sum of the probabilities, and the number of pixels labelled c. Row C: the same for the most
+        likely class. Row C + 1: the first entry is the sum of the Brier scores of all pixels, and the rest is 0.
     """
     z, classes = logits.float(), logits.shape[1]
     dtype = widest_float(logits.device)
@@ -50,7 +50,7 @@ def calibration_sums(logits: Tensor, labels: Tensor, ignore_index: int = 255, nu
 
 
 def _by_bin(bins: Tensor, probabilities: Tensor, hits: Tensor, rows: int, num_bins: int) -> Tensor:
-    """Numbers, sums of probabilities and hits `(rows, num_bins, 3)`, from places in the flattened table."""
+    """Return counts, sums of probabilities and hits `(rows, num_bins, 3)`. Bins are indices of the flattened table."""
     size = rows * num_bins
     columns = (
         torch.bincount(bins, minlength=size),
@@ -61,18 +61,18 @@ def _by_bin(bins: Tensor, probabilities: Tensor, hits: Tensor, rows: int, num_bi
 
 
 def calibration_metrics(sums: Tensor) -> dict[str, Any]:
-    """Calibration of everything that [`calibration_sums`] counted.
+    """Compute calibration metrics from the total of [`calibration_sums`].
 
-    With n pixels, `n_b` of them in bin b, their mean probability `p_b` and share of hits `h_b`:
+    With n pixels, of which `n_b` are in bin b, with mean probability `p_b` and accuracy `h_b`:
 
     - `ece`: `sum_b n_b / n |h_b - p_b|` of the most likely class (Guo et al. On Calibration of Modern Neural Networks.
       ICML 2017)
-    - `classwise_ece`: the mean over classes of the same for the probability of each class (Kull et al. Beyond
+    - `classwise_ece`: the same for the probability of each class, averaged over classes (Kull et al. Beyond
       Temperature Scaling. NeurIPS 2019)
     - `brier`: the mean over pixels of `sum_c (p_c - y_c)^2`, 0 to 2
-    - `reliability`: for each bin of `ece` its share of the pixels, `p_b` and `h_b`, None where it is empty
+    - `reliability`: for each bin of `ece` its share of the pixels, `p_b` and `h_b`, which are None for empty bins
 
-    All NaN without a labelled pixel.
+    Without a labelled pixel the first three are NaN.
     """
     sums = sums.cpu().double()
     pixels = sums[-2, :, 0].sum()
@@ -89,16 +89,18 @@ def calibration_metrics(sums: Tensor) -> dict[str, Any]:
 
 
 def boundary_counts(predictions: Tensor, labels: Tensor, num_labels: int, ignore_index: int = 255) -> Tensor:
-    """Pixels of each class near its contours: in both, and in either of prediction and label.
+    """Count the pixels of each class near its contours: the intersection and the union of prediction and label.
 
-    The contour region of a class are its pixels that are at most d from a pixel of another class or from one outside
-    the image, in the maximum norm, with d = 2 % of the diagonal, at least one pixel.
+    The contour region of a class contains its pixels whose distance to a pixel of another class, or to the outside of
+    the image, is at most d in the maximum norm. d is 2 % of the image diagonal, and at least one pixel.
 
     Args:
-        predictions, labels: `(H, W)`. Void pixels count as no class in both, and so their edge as a contour.
+        predictions, labels: `(H, W)`, int64. Unlabelled pixels have no class in either, so their edge is a contour.
+        num_labels: the number of classes C.
+        ignore_index: label of unlabelled pixels.
 
     Returns:
-        int64 `(C, 2)`.
+        `(C, 2)`, int64: intersection and union.
     """
     height, width = labels.shape
     distance = max(1, round(BOUNDARY_SHARE * (height**2 + width**2) ** 0.5))
@@ -117,9 +119,9 @@ def _contour(mask: Tensor, distance: int) -> Tensor:
 
 
 def boundary_metrics(counts: Tensor) -> dict[str, Any]:
-    """Boundary IoU (Cheng et al. CVPR 2021) over everything that [`boundary_counts`] counted.
+    """Compute the boundary IoU (Cheng et al. CVPR 2021) from the total of [`boundary_counts`].
 
-    `per_category_boundary_iou`, NaN for classes that have no contour anywhere, and `mean_boundary_iou` without these.
+    `per_category_boundary_iou` is NaN for classes without a contour, and `mean_boundary_iou` skips these classes.
     """
     counts = counts.cpu().double()
     iou = counts[:, 0] / counts[:, 1]

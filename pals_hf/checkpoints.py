@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or not there."""
+"""Checkpoint folders, which are written and deleted atomically."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-# In a run's folder: what is being written or deleted. What begins with an underscore is not pushed to the Hub.
+# The folder of a run in which checkpoints are written and deleted. Names that begin with an underscore are not pushed.
 UNFINISHED = "_unfinished"
 _REPLACED = "replaced-"
 _CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
 def is_complete_checkpoint(folder: str | os.PathLike) -> bool:
-    """Whether `folder` is a `checkpoint-STEP` that a training can go on from."""
+    """Return whether `folder` is a `checkpoint-STEP` from which a training can resume."""
     folder = Path(folder)
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -29,14 +29,14 @@ def is_complete_checkpoint(folder: str | os.PathLike) -> bool:
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
+    """Return the newest complete checkpoint of a run, or None."""
     folders = [path for path in Path(output_dir).glob("*") if is_complete_checkpoint(path)]
     return max(folders, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
 
 
 def clear_unfinished(run_dir: Path) -> None:
-    """Remove the folder of what is being written or deleted, with what a killed process left there."""
-    for old in (run_dir / UNFINISHED).glob(f"{_REPLACED}*"):  # killed before the new one had the name
+    """Remove the folder of unfinished checkpoints, and restore checkpoints that a killed process was replacing."""
+    for old in (run_dir / UNFINISHED).glob(f"{_REPLACED}*"):  # restored if a kill came before its replacement
         target = run_dir / old.name.removeprefix(_REPLACED)
         if not target.exists():
             old.rename(target)
@@ -44,12 +44,12 @@ def clear_unfinished(run_dir: Path) -> None:
 
 
 def publish(written: Path, target: Path) -> None:
-    """Have a folder below [`UNFINISHED`] appear under its own name, all at once and safe on the disk."""
+    """Move a folder from [`UNFINISHED`] to its own name, after all its files have been flushed to the disk."""
     for path in written.rglob("*"):
         if path.is_file():
             _sync(path)
     old = written.parent / f"{_REPLACED}{target.name}"
-    if target.exists():  # a folder with files cannot be replaced in one step
+    if target.exists():  # a folder cannot replace another one that has files
         target.rename(old)
     written.rename(target)
     _sync(target.parent)
@@ -57,7 +57,7 @@ def publish(written: Path, target: Path) -> None:
 
 
 def publish_files(written: Path, folder: Path) -> None:
-    """Move files into a folder, each of them complete."""
+    """Flush files to the disk, then move them into a folder, each file atomically."""
     for path in sorted(written.iterdir()):
         _sync(path)
         path.replace(folder / path.name)
@@ -65,7 +65,7 @@ def publish_files(written: Path, folder: Path) -> None:
 
 
 def discard(checkpoint: Path) -> None:
-    """Delete a checkpoint. It loses its name first, so that half of it is never taken for all of it."""
+    """Delete a checkpoint. The folder is renamed first, so that no partly deleted checkpoint keeps its name."""
     doomed = checkpoint.parent / UNFINISHED / f"deleted-{checkpoint.name}"
     doomed.parent.mkdir(exist_ok=True)
     shutil.rmtree(doomed, ignore_errors=True)
@@ -74,7 +74,7 @@ def discard(checkpoint: Path) -> None:
 
 
 def discard_after(checkpoint: Path) -> None:
-    """Discard the checkpoints of later steps than this one: a run goes on from it."""
+    """Discard the checkpoints of later steps than this one, from which a run resumes."""
     step = int(checkpoint.name.rsplit("-", 1)[1])
     for path in checkpoint.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if _CHECKPOINT_NAME.fullmatch(path.name) and int(path.name.rsplit("-", 1)[1]) > step:
@@ -82,12 +82,12 @@ def discard_after(checkpoint: Path) -> None:
 
 
 def discard_old_checkpoints(run_dir: Path, limit: int | None, kept: Collection[str]) -> None:
-    """Discard those of the earliest steps until there are `limit`, if that is a positive number.
+    """Discard the checkpoints of the earliest steps until `limit` remain.
 
     Args:
-        run_dir: folder of the run.
-        limit: how many stay.
-        kept: names of checkpoints that stay in any case, like the one just written and the best one.
+        run_dir: the folder of the run.
+        limit: the number of checkpoints to keep. None or 0 keeps all.
+        kept: the names of checkpoints to keep in any case, like the newest and the best one.
     """
     checkpoints = [Path(path) for path in sort_checkpoints(str(run_dir))]
     if limit is None or limit <= 0:

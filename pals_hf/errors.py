@@ -1,18 +1,18 @@
-"""Exceptions that say in one line what a user can mend, and how to quote another library's error in them."""
+"""Exceptions whose message is one line for the user."""
 
 
 class InputError(ValueError):
-    """Data, a flag or a model that cannot be used as given. One line: file, field, value, and what to do."""
+    """Data, an option or a model cannot be used as given. The message names the place, the value and the remedy."""
 
 
 class TrainingError(RuntimeError):
-    """A training that cannot go on, though its input was fine. One line: what happened, when, and what is left."""
+    """A training with valid input cannot continue. The message says what failed, at which step, and what was saved."""
 
 
 class PushError(RuntimeError):
-    """Something that could not be pushed to the Hub. One line: why, where it still is, and how to push it later."""
+    """A push to the Hub failed. The message says why, where the files are, and how to push them later."""
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message that says something, or its type."""
+    """Return the first line of an error's message that is not empty, or else the name of the error's type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

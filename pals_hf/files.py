@@ -1,10 +1,10 @@
-"""Text files that are complete or not there."""
+"""Atomic writes of text files."""
 
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file as UTF-8, complete or not at all: it gets its name when all of it is written."""
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a text file as UTF-8, atomically: the text goes to a temporary file, which then takes the name."""
     temporary = path.with_name(f"_{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

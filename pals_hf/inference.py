@@ -1,4 +1,4 @@
-"""From a checkpoint and pictures to predictions, also of images larger than the training crops, by sliding windows."""
+"""Predict images with a checkpoint, also images larger than the training crops, with sliding windows."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from transformers.utils import logging
 from .data.checking import is_deep
 from .errors import InputError, first_line
 from .functional import entropy, upsample, upsample_argmax
-from .fused import tiles
+from .functional.fused import tiles
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
 
-_ANIMATED = ("GIF", "PNG", "WEBP")  # what other formats hold beside the first picture is a preview or another page
+_ANIMATED = ("GIF", "PNG", "WEBP")  # in other formats, further pictures are previews or pages
 
 
 class Prediction(NamedTuple):
-    """What a network says of one picture, at the picture's own size."""
+    """The prediction for one picture, at the size of the picture."""
 
     mask: Tensor
     """`(H, W)`, int64: the most likely class."""
@@ -37,18 +37,21 @@ class Prediction(NamedTuple):
 def load_for_inference(
     name_or_path: str, device: str | torch.device | None = None
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A trained network and its image processor, as `pipeline` loads them.
+    """Load a trained network and its image processor, as `pipeline` does.
 
     Args:
         name_or_path: a folder, or a name on the Hub.
-        device: where the network runs. Default: a GPU if there is one.
+        device: device of the network. Default: a GPU if there is one.
+
+    Returns:
+        The network in evaluation mode, and its image processor.
 
     Raises:
-        InputError: it cannot be loaded, is no trained segmentation model, or there is no such device.
+        InputError: the model cannot be loaded, it is not a trained segmentation model, or the device does not exist.
     """
-    where = "" if Path(name_or_path).exists() else "there is no such folder, and on the Hub: "
+    where = "" if Path(name_or_path).exists() else "there is no such folder, and the Hub gives: "
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # of weights that are missing there is one line below
+    logging.set_verbosity_error()  # missing weights are reported in one line below
     try:
         model, info = AutoModelForSemanticSegmentation.from_pretrained(
             name_or_path, ignore_mismatched_sizes=True, output_loading_info=True
@@ -58,15 +61,15 @@ def load_for_inference(
         raise InputError(f"cannot load the model {name_or_path!r}: {where}{first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
-    # The encoder of a classifier loads too, with a head of random weights.
+    # The encoder of a classifier also loads, but with a random head.
     untrained = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     if untrained:
         raise InputError(
-            f"{name_or_path!r} is no trained segmentation model: it has no weights for {untrained[0]} "
-            f"and {len(untrained) - 1} more: train it first"
+            f"{name_or_path!r} is not a trained segmentation model: it has no weights for {untrained[0]} and "
+            f"{len(untrained) - 1} other parameters. Train it first."
         )
     if model.config.num_labels < 2:
-        raise InputError(f"{name_or_path!r} has num_labels={model.config.num_labels}: at least two classes are needed")
+        raise InputError(f"{name_or_path!r} has num_labels={model.config.num_labels}, but at least 2 are needed")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return model.to(device), processor
@@ -75,22 +78,23 @@ def load_for_inference(
 
 
 def read_pictures(path: Path) -> Iterator[Image.Image]:
-    """The picture in an image file, upright and in RGB; all of them, if it is animated.
+    """Yield the picture in an image file, or all frames of an animation, upright and in RGB.
 
     Raises:
-        InputError: the file cannot be decoded, also in the middle of reading.
+        InputError: the file cannot be decoded. Damaged animations raise it after the frames before the damage.
     """
     try:
         if path.stat().st_size == 0:
             raise ValueError("the file is empty")
         with Image.open(path) as opened:
             if is_deep(opened):
-                raise ValueError(f"images of more than 8 bits a channel (mode {opened.mode}) are not read")
+                reason = f"images with more than 8 bits per channel (mode {opened.mode}) are not supported"
+                raise ValueError(f"{reason}. Convert the image to 8 bits.")
             for frame in ImageSequence.Iterator(opened) if opened.format in _ANIMATED else [opened]:
                 yield ImageOps.exif_transpose(frame).convert("RGB")
     except UnidentifiedImageError as error:
         raise InputError(f"{path} is not a readable image: its format is not known") from error
-    except Exception as error:  # decoders stumble over damaged files in all sorts of ways
+    except Exception as error:  # decoders raise many types of errors for damaged files
         raise InputError(f"{path} is not a readable image: {first_line(error)}") from error
 
 
@@ -103,15 +107,15 @@ def predict(
     overlap: float = 1 / 3,
     flip: bool = False,
 ) -> list[Prediction]:
-    """What a network says of some pictures, each at its own size.
+    """Predict the classes of some pictures, each at its own size.
 
-    One picture without options is predicted as evaluation and `pipeline` do it, to the bit. In a batch the network
-    rounds differently, which can turn a few pixels.
+    The prediction for one picture without options is bit for bit that of evaluation and `pipeline`. In a batch the
+    network rounds differently, which can change a few pixels.
 
     Args:
         model, processor: see [`load_for_inference`].
-        images: pictures of any size. Those that the processor gives one size go through the network together, if all
-            of them do.
+        images: pictures of any size. They are one batch if the processor gives all of them the same size, and
+            predicted one by one otherwise.
         window, overlap, flip: see [`image_logits`].
 
     Example:
@@ -131,18 +135,18 @@ def predict(
 
 
 def entropy_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Entropy of `softmax(upsample(logits, size))` at every pixel, tile by tile.
+    """Return the entropy of `softmax(upsample(logits, size))` at every pixel, computed tile by tile.
 
     Args:
         logits: `(B, C, h, w)`.
         size: (H, W).
 
     Returns:
-        Nats, 0 to log C, float32 `(B, H, W)`.
+        `(B, H, W)`, float32, in nats from 0 to log C.
     """
     z = logits.float()
     result = z.new_empty(len(z), *size)
-    for tile in tiles(z, result):  # the labels of a tile are a part of what is tiled, here of the result
+    for tile in tiles(z, result):  # tile.labels is a view of the result
         tile.labels.copy_(entropy(tile.up(z).softmax(dim=1)))
     return result
 
@@ -155,18 +159,18 @@ def image_logits(
     overlap: float = 1 / 3,
     flip: bool = False,
 ) -> Tensor:
-    """Logits of whole images.
+    """Return the logits of whole images.
 
     Args:
         model: `model(pixel_values=...)` returns `logits` `(B, C, h, w)`.
         pixel_values: `(B, 3, H, W)`.
-        window, overlap: see [`window_logits`]; None gives the images to the network whole. Windows lie on the
-            pixel values: where the image processor resizes, their size is meant at its size, not at the picture's.
-        flip: also look at the mirrored images, and take the mean of both logits (of the log-probabilities, up to a
-            constant: a geometric mean of probabilities), as it is taken where windows overlap.
+        window, overlap: see [`window_logits`]. With None the network gets whole images. The size of a window is in
+            pixels of `pixel_values`, which are the images after the image processor has resized them.
+        flip: average the logits of the images and of their mirror images. The mean of logits is the geometric mean of
+            the probabilities, up to normalisation.
 
     Returns:
-        `(B, C, h, w)`, see [`window_logits`] with a window.
+        `(B, C, h, w)`, or the result of [`window_logits`].
     """
     if flip:
         straight, mirrored = (
@@ -180,25 +184,25 @@ def image_logits(
 
 @torch.no_grad()
 def window_logits(model: nn.Module, pixel_values: Tensor, window: Sequence[int], overlap: float = 1 / 3) -> Tensor:
-    """Logits of large images by windows that slide over them; where windows overlap, their mean.
+    """Return the logits of large images from sliding windows, averaged where windows overlap.
 
-    Windows lie evenly from edge to edge. Their logits are put together on the network's own grid where the windows
-    lie on it, and else at the size of the image.
+    Windows are evenly spaced from edge to edge. Their logits are averaged on the network's own grid if all windows are
+    aligned with it, and at the size of the image otherwise.
 
     Args:
         model: `model(pixel_values=...)` returns `logits` `(B, C, h, w)`.
         pixel_values: `(B, 3, H, W)`.
-        window: height and width of a window; cut to the size of the image.
-        overlap: share of a window that the next one covers again, 0 to below 1.
+        window: height and width of a window, at most those of the image.
+        overlap: share of a window that the next window overlaps, 0 to below 1.
 
     Returns:
-        `(B, C, H / s, W / s)` with s the network's stride, or `(B, C, H, W)`; float32.
+        `(B, C, H / s, W / s)` with the network's stride s, or `(B, C, H, W)`; float32.
 
     Example:
         >>> pixel_values = torch.randn(1, 3, 1024, 2048)  # doctest: +SKIP
-        >>> window_logits(model, pixel_values, (1024, 1024)).shape  # from 0, 512 and 1024  # doctest: +SKIP
+        >>> window_logits(model, pixel_values, (1024, 1024)).shape  # lefts 0, 512, 1024  # doctest: +SKIP
         torch.Size([1, 19, 256, 512])
-        >>> window_logits(model, pixel_values, (768, 768)).shape  # from 0, 427, 853 and 1280  # doctest: +SKIP
+        >>> window_logits(model, pixel_values, (768, 768)).shape  # lefts 0, 427, 853, 1280  # doctest: +SKIP
         torch.Size([1, 19, 1024, 2048])
     """
     size = pixel_values.shape[2:]
@@ -225,13 +229,13 @@ def window_logits(model: nn.Module, pixel_values: Tensor, window: Sequence[int],
 
 
 def _starts(whole: int, part: int, overlap: float) -> list[int]:
-    """Where windows begin: evenly from the first to the last pixel, at least as dense as the overlap wants it."""
+    """Return the first pixel of each window, evenly spaced, with at least the given overlap."""
     steps = math.ceil((whole - part) / max(1.0, part * (1.0 - overlap)))
     return [round(index * (whole - part) / steps) for index in range(steps)] + [whole - part]
 
 
 def _common_stride(grid: torch.Size, window: Sequence[int], positions: Sequence[int]) -> int:
-    """The stride of the network's grid, if it is the same both ways and the windows lie on it; else 1."""
+    """Return the stride of the network's grid if it is the same both ways and divides all positions, else 1."""
     stride = window[0] // grid[0]
     fits = [grid[0] * stride, grid[1] * stride] == list(window)
     return stride if fits and all(position % stride == 0 for position in positions) else 1

@@ -1,6 +1,6 @@
-"""Streaming metrics for semantic segmentation: everything follows from one C x C confusion matrix.
+"""Streaming metrics for semantic segmentation, all computed from one C x C confusion matrix.
 
-Memory does not grow with the number of images, and matrices of several processes simply add up.
+Memory does not grow with the number of images, and the matrices of several processes can be added.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def confusion_matrix(predictions: Tensor, labels: Tensor, num_labels: int, ignor
         predictions: integer classes 0 to C - 1, any shape.
         labels: integer classes 0 to C - 1 or `ignore_index`, the same shape.
         num_labels: the number of classes C.
-        ignore_index: label of void pixels, which are not counted.
+        ignore_index: label of unlabelled pixels, which are not counted.
 
     Returns:
-        int64 `(C, C)` on the device of the inputs; rows are labels, columns predictions.
+        `(C, C)`, int64, on the device of the inputs. Rows are labels, and columns are predictions.
 
     Raises:
-        ValueError: the shapes differ or a value is not a class.
+        ValueError: the shapes differ, or a value is not a class.
 
     Example:
         >>> confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 255]), num_labels=2).tolist()
@@ -43,26 +43,29 @@ def confusion_matrix(predictions: Tensor, labels: Tensor, num_labels: int, ignor
     for name, values in (("labels", labels), ("predictions", predictions)):
         if values.numel() and ((values < 0) | (values >= num_labels)).any():
             found = f"{int(values.min())} to {int(values.max())}"
-            raise ValueError(f"{name} must lie in 0..{num_labels - 1}, found values from {found}")
+            raise ValueError(f"{name} must be in 0..{num_labels - 1}, but the values are from {found}")
     return torch.bincount(labels * num_labels + predictions, minlength=num_labels**2).view(num_labels, num_labels)
 
 
 class SegmentationMetrics:
-    """Mean IoU and its relatives over a whole data set, fed batch by batch.
+    """Mean IoU and accuracies over a whole data set, updated batch by batch.
 
-    With `n` the confusion matrix of all images (rows labels, columns predictions):
+    With `n` the confusion matrix of all images (rows are labels, columns are predictions):
 
-    - `per_category_iou[c] = n_cc / (sum_k n_ck + sum_k n_kc - n_cc)`; NaN where class c is neither labelled nor
-      predicted anywhere
-    - `per_category_accuracy[c] = n_cc / sum_k n_ck`; NaN where class c is not labelled anywhere
-    - `mean_iou`, `mean_accuracy`: their means without the NaN
+    - `per_category_iou[c] = n_cc / (sum_k n_ck + sum_k n_kc - n_cc)`; NaN if class c is neither labelled nor predicted
+      in any image
+    - `per_category_accuracy[c] = n_cc / sum_k n_ck`; NaN if class c is not labelled in any image
+    - `mean_iou`, `mean_accuracy`: their means over the classes that are not NaN
     - `overall_accuracy = sum_c n_cc / sum n`
 
-    The names are those of the `mean_iou` metric of `evaluate`; all values are shares between 0 and 1.
+    The names are those of the `mean_iou` metric of `evaluate`. All values are between 0 and 1.
 
     Args:
         num_labels: the number of classes C.
-        ignore_index: label of void pixels, which are not counted.
+        ignore_index: label of unlabelled pixels, which are not counted.
+
+    Raises:
+        ValueError: there are fewer than two classes.
 
     Example:
         >>> metrics = SegmentationMetrics(num_labels=3)
@@ -79,22 +82,22 @@ class SegmentationMetrics:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything counted so far."""
+        """Set all counts to 0."""
         self.counts = torch.zeros(self.num_labels, self.num_labels, dtype=torch.int64)
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
-        """Count predicted against labelled pixels: two integer tensors of the same shape, on any device."""
+        """Count the pixels of two integer tensors of the same shape, on any device."""
         self.add_counts(confusion_matrix(predictions, labels, self.num_labels, self.ignore_index))
 
     def add_counts(self, counts: Tensor) -> None:
-        """Add confusion matrices that were counted elsewhere: `(C, C)` or `(..., C, C)`."""
+        """Add confusion matrices `(C, C)` or `(..., C, C)`, for example those of other processes."""
         self.counts += counts.reshape(-1, self.num_labels, self.num_labels).sum(dim=0).cpu()
 
     def compute(self) -> dict[str, float | list[float]]:
-        """The metrics of everything counted so far, as Python floats and lists of floats, NaN where undefined."""
+        """Return the metrics of all counted pixels as Python floats and lists of floats."""
         counts = self.counts.double()
         correct, labelled, predicted = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
-        iou = correct / (labelled + predicted - correct)  # 0 / 0 is the NaN that is meant
+        iou = correct / (labelled + predicted - correct)  # 0 / 0 gives the documented NaN
         accuracy = correct / labelled
         return {
             "mean_iou": iou.nanmean().item(),
@@ -106,7 +109,7 @@ class SegmentationMetrics:
 
 
 def nan_to_none(value: Any) -> Any:
-    """Replace NaN by None in nested dicts and lists: NaN is not JSON, null is."""
+    """Replace NaN by None in nested dicts and lists, because JSON has null but no NaN."""
     if isinstance(value, dict):
         return {key: nan_to_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -115,14 +118,13 @@ def nan_to_none(value: Any) -> Any:
 
 
 def evaluate_metric(num_labels: int, ignore_index: int = 255) -> evaluate.Metric:
-    """[`SegmentationMetrics`] as an `evaluate.Metric`: `add`, `add_batch` and `compute` as everywhere in evaluate.
+    """Return [`SegmentationMetrics`] as an `evaluate.Metric`, with its methods `add`, `add_batch` and `compute`.
 
-    Nothing is fetched from the Hub and nothing is written to Arrow files: images are counted as they come, and may
-    differ in size.
+    The metric needs no download and writes no Arrow files. Images are counted at once, and may differ in size.
 
     Args:
         num_labels: the number of classes C.
-        ignore_index: label of void pixels, which are not counted.
+        ignore_index: label of unlabelled pixels, which are not counted.
 
     Example:
         >>> metric = evaluate_metric(num_labels=2)
@@ -154,7 +156,7 @@ def evaluate_metric(num_labels: int, ignore_index: int = 255) -> evaluate.Metric
                 self.add(prediction=prediction, reference=reference)
 
         def compute(self, *, predictions=None, references=None, **kwargs):
-            """Count the given images, if any, return the metrics of all images so far and start anew."""
+            """Count the given images, if any, return the metrics of all counted images, and reset the counts."""
             if predictions is not None:
                 self.add_batch(predictions=predictions, references=references)
             results = streamed.compute()

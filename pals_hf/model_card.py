@@ -1,7 +1,7 @@
-"""Model cards: what is known of a checkpoint, as data, and the page that says it.
+"""Model cards: the facts about a checkpoint as data, and the page that is rendered from them.
 
-Every checkpoint holds both, `model_card.json` and `README.md`; the page depends on nothing but the data, so
-`CardData.load(folder).save(folder)` renders it anew.
+Every checkpoint has both, `model_card.json` and `README.md`. The page depends only on the data, so
+`CardData.load(folder).save(folder)` renders it again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import POLY, PALSConfig
 from .errors import InputError, first_line
-from .files import write_whole
+from .files import atomic_write_text
 from .losses import PRESETS
 
 if TYPE_CHECKING:
@@ -33,39 +33,25 @@ CARD, CARD_DATA = "README.md", "model_card.json"
 PICTURES = ("curves.png", "reliability.png", "predictions.png")
 PACKAGES = ("pals_hf", "torch", "torchvision", "transformers", "datasets", "accelerate")
 _TEMPLATE = "template.md"
-_WEAK = 0.2  # IoU below which a class is named among the limits
+_WEAK = 0.2  # classes with a lower IoU are listed under limits
 _HIGHLIGHTS = {
     "eval_mean_iou": "mIoU, %",
     "eval_mean_accuracy": "mean accuracy, %",
     "eval_overall_accuracy": "pixel accuracy, %",
 }
 _METRIC_IDS = {"mean_iou": "mean_iou", "mean_accuracy": "accuracy", "overall_accuracy": "accuracy"}  # on the Hub
-# Arguments that say where, how often and for whom, not what is learned.
+# Arguments without influence on the learned weights.
 _NO_SETTINGS = re.compile(
     r"output_dir|run_name|project|trackio.*|report_to|disable_tqdm|push_to_hub|hub_.*|resume_from_checkpoint|do_.*|"
     r"log.*|save_.*|eval_(strategy|steps|on_start|delay|accumulation_steps|calibration)|dataloader_.*|ddp_.*|fsdp.*|"
     r"deepspeed|accelerator_config|use_cpu|local_rank|skip_memory_metrics"
 )
-# What each loss depends on. A card says those of the first lists in its text, the others where they are no defaults.
-_SAID_SETTINGS = {
-    "pals": (
-        *("beta", "beta_schedule", "adaptive_beta", "tau", "temperature"),
-        *("affinity_source", "pairs", "teacher", "teacher_view"),
-    ),
-    "label_smoothing": ("smoothing",),
-    "ce": (),
-}
-_OTHER_SETTINGS = {
-    "pals": (
-        *("beta_warmup", "encoder_stage", "include_self", "void_keys", "propagation_steps", "propagation_weight"),
-        *("anchor_weight", "affinity_stride", "affinity_pooling", "max_affinity_cells", "distill_void", "ema_decay"),
-        "class_weighting",
-    ),
-    "label_smoothing": ("class_weighting",),
-    "ce": ("class_weighting",),
-}
+# Settings of the loss that a card always shows. Others are shown only if they differ from their defaults.
+_SAID_SETTINGS = ("beta", "adaptive_beta", "smoothing")
+_SAID_OF_AFFINITY = ("tau", "keys", "pairs")
 LOSS_NAMES = {
-    "pals": "PALS, pixel-wise adaptive label smoothing",
+    "pals": "PALS (pixel-wise adaptive label smoothing)",
+    "self_distillation": "self-distillation",
     "ce": "plain cross-entropy",
     "label_smoothing": "cross-entropy with uniformly smoothed labels",
 }
@@ -73,17 +59,17 @@ LOSS_NAMES = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says and a trainer does not know by itself. Everything may be left out; nothing is guessed.
+    """Facts for a model card that a trainer cannot know. All are optional; the card does not guess missing ones.
 
     Attributes:
-        license: of the checkpoint, like `apache-2.0`, as its author chose it.
-        dataset: name of the data, for people.
-        dataset_id, dataset_revision: its repository and commit on the Hub, where it is from there.
-        dataset_license: its terms.
-        split: what the figures are of.
-        train_images, available_images, validation_images: how many there were.
-        split_method, split_seed, manifest_sha256: how the training images were drawn, see [`FractionManifest`].
-        settings: of the data pipeline, as far as they differ from their defaults.
+        license: the license of the checkpoint, like `apache-2.0`.
+        dataset: the name of the data set, for readers.
+        dataset_id, dataset_revision: the repository and the commit of the data set, if it comes from the Hub.
+        dataset_license: the license or terms of use of the data set.
+        split: the split on which the metrics were measured.
+        train_images, available_images, validation_images: numbers of images.
+        split_method, split_seed, manifest_sha256: how the training images were sampled, see [`FractionManifest`].
+        settings: settings of the data pipeline that differ from their defaults.
     """
 
     license: str | None = None
@@ -101,7 +87,7 @@ class CardFacts:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def with_manifest(self, manifest: FractionManifest) -> CardFacts:
-        """The same, with what a manifest says of the training images."""
+        """Return a copy with the facts of a manifest about the training images."""
         return dataclasses.replace(
             self,
             train_images=len(manifest.ids),
@@ -114,12 +100,12 @@ class CardFacts:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a study says of several losses on such a fraction.
+    """The results of a study that compares losses on training sets of this size.
 
     Attributes:
-        study: where it is.
-        pairs: how often each was trained, in words.
-        rows: `method`, `runs`, `mean_iou`, `difference` and `ece`, as they are to be read.
+        study: the path of the study.
+        pairs: the number of paired runs, in words.
+        rows: rows with `method`, `runs`, `mean_iou`, `difference` and `ece`, formatted for the card.
     """
 
     study: str
@@ -129,25 +115,25 @@ class Comparison:
 
 @dataclass(frozen=True)
 class CardData:
-    """What is known of a checkpoint.
+    """The facts about a checkpoint.
 
     Attributes:
-        model_name: its repository on the Hub, or the name of its folder.
-        architecture: class of the network.
-        id2label: class index to name.
-        loss, loss_settings: what it was trained with, defaults included.
-        settings: what differs from the defaults of `PALSConfig` beside `said_settings`, and from those of the data
-            pipeline.
-        base_model, base_model_revision: the checkpoint it started from.
-        step, epoch: how long these weights were trained.
-        best_of: the steps of the whole training, where these are the weights of its best checkpoint.
-        metrics: of these weights, as an evaluation gives them; None is undefined. Empty if they were not evaluated.
-        history: `step`, `eval_loss` and `eval_mean_iou` of the evaluations on the way.
-        seconds, hardware, versions: what the training took, on which machine, with which packages.
-        needs: the packages that load it.
+        model_name: the repository on the Hub, or the name of the folder.
+        architecture: the class of the network.
+        id2label: class index to class name.
+        loss, loss_settings: the training loss and its settings, including defaults.
+        settings: settings of `PALSConfig` (other than `said_settings`) and of the data pipeline that differ from their
+            defaults.
+        base_model, base_model_revision: the checkpoint from which the training started.
+        step, epoch: the training step and epoch of the weights.
+        best_of: the number of steps of the whole training, if these are the weights of its best checkpoint.
+        metrics: the metrics of these weights, empty if they were not evaluated. Undefined metrics are None.
+        history: `step`, `eval_loss` and `eval_mean_iou` of the evaluations during the training.
+        seconds, hardware, versions: the training time, the machine and the versions of the packages.
+        needs: the packages that are needed to load the checkpoint.
         facts: see [`CardFacts`].
-        pictures: those of [`PICTURES`] that lie beside the card.
-        comparison: with other losses, where a study has been made.
+        pictures: the names in [`PICTURES`] that are in the folder of the card.
+        comparison: a comparison with other losses, if there is a study.
     """
 
     model_name: str
@@ -181,15 +167,17 @@ class CardData:
 
     @property
     def said_settings(self) -> dict[str, Any]:
-        """Those settings of the loss that a card names whatever they are."""
-        return {name: value for name, value in self.loss_settings.items() if name in _SAID_SETTINGS[self.loss]}
+        """The settings of the loss that the card always shows, even if they are the defaults."""
+        said = {name: value for name, value in self.loss_settings.items() if name in _SAID_SETTINGS}
+        affinity = self.loss_settings.get("affinity", {}) if self.is_pals else {}
+        return said | {name: affinity[name] for name in _SAID_OF_AFFINITY if name in affinity}
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> CardData:
-        """Read the data of the card that lies in a folder.
+        """Read `model_card.json` from a folder.
 
         Raises:
-            InputError: there is none, or it is none.
+            InputError: the file does not exist, or is not the data of a model card.
         """
         path = Path(folder) / CARD_DATA
         try:
@@ -200,39 +188,37 @@ class CardData:
             content["comparison"] = content["comparison"] and Comparison(**content["comparison"])
             return cls(**content)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{path} is no data of a model card: {first_line(error)}") from error
+            raise InputError(f"{path} cannot be read as the data of a model card: {first_line(error)}") from error
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write the card and its data into a folder, each of them complete or not at all."""
+        """Write the card and its data into a folder, each file atomically."""
         contents = {CARD_DATA: json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", CARD: render(self)}
         for name, content in contents.items():
-            write_whole(Path(folder) / name, content)
+            atomic_write_text(Path(folder) / name, content)
 
 
 def pictures_in(folder: str | os.PathLike) -> tuple[str, ...]:
-    """The pictures that a card can show, as far as they are there."""
+    """Return the names in [`PICTURES`] that exist in a folder."""
     return tuple(name for name in PICTURES if (Path(folder) / name).exists())
 
 
 # ---- From a training ----
 
 
-def loss_settings(args: PALSConfig) -> dict[str, Any]:
-    """What the loss of a training depends on, defaults included."""
-    return {name: getattr(args, name) for name in (*_SAID_SETTINGS[args.loss], *_OTHER_SETTINGS[args.loss])}
-
-
 def settings(args: PALSConfig) -> dict[str, Any]:
-    """What differs from the defaults of `PALSConfig`, but for what a card says of every loss."""
-    said, values = {"loss"}.union(*_SAID_SETTINGS.values()), args.to_dict()
+    """Return the arguments that differ from the defaults of `PALSConfig` and that the card does not show otherwise."""
+    said, values = {"loss", "preset", "affinity", *_SAID_SETTINGS}, args.to_dict()
     wanted = [f for f in dataclasses.fields(args) if f.name not in said and not _NO_SETTINGS.fullmatch(f.name)]
-    # None, False and an empty list are all the same: not wanted.
-    return {f.name: values[f.name] for f in wanted if (values[f.name] or None) != (_default(f) or None)}
+    # None, False and an empty list all mean that an option is off.
+    changed = {f.name: values[f.name] for f in wanted if (values[f.name] or None) != (_default(f) or None)}
+    usual = asdict(PRESETS["default"]["affinity"])
+    affinity = {name: value for name, value in args.affinity.items() if value != usual[name]}
+    return changed | ({"affinity": affinity} if affinity and args.loss == "pals" else {})
 
 
 def _default(field: dataclasses.Field) -> Any:
-    """What stands in a field that was not given. (A second instance to look at would reset Accelerate's state.)"""
-    settled_later = {**PRESETS["default"], "lr_scheduler_kwargs": POLY, "greater_is_better": True}
+    """Return the default of a field. (A second `PALSConfig` to read it from would reset the state of Accelerate.)"""
+    settled_later = {"lr_scheduler_kwargs": POLY, "greater_is_better": True}
     if field.default is dataclasses.MISSING:
         return field.default_factory()
     return settled_later.get(field.name) if field.default is None else field.default
@@ -243,7 +229,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device, processes: int = 1) -> str:
-    """What a training runs on, and how many of them."""
+    """Return the number and the kind of the devices of a training."""
     import torch
 
     if device.type == "cuda":
@@ -267,7 +253,7 @@ def processor_name() -> str:
 
 
 def render(card: CardData) -> str:
-    """The card as Markdown with a YAML header, as the Hub reads it. The same data gives the same text."""
+    """Render the card as Markdown with the YAML header of the Hub. The same data gives the same text."""
     import jinja2
     from huggingface_hub import ModelCard
 
@@ -290,11 +276,11 @@ def render(card: CardData) -> str:
         settings=_settings,
         duration=_duration,
     )
-    return str(ModelCard(re.sub(r"\n{3,}", "\n\n", text)))  # which the Hub's own parser has read then
+    return str(ModelCard(re.sub(r"\n{3,}", "\n\n", text)))  # raises an error if the parser of the Hub cannot read it
 
 
 def _header(card: CardData):
-    """The metadata that the Hub indexes."""
+    """Return the metadata that the Hub indexes."""
     from huggingface_hub import EvalResult, ModelCardData
 
     facts = card.facts
@@ -341,14 +327,14 @@ def _is_speed(name: str) -> bool:
 
 
 def public_name(name_or_path: str | None) -> str | None:
-    """What others may read of a checkpoint's name: its repository, or the name of its folder, not the way there."""
+    """Return the repository of a checkpoint, or the name of its folder without the local path."""
     if not name_or_path:
         return None
     return name_or_path if is_hub_id(name_or_path) else Path(name_or_path).resolve().name
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether it can be a repository on the Hub, OWNER/NAME, and is no path here."""
+    """Return whether a name has the form OWNER/NAME of a repository on the Hub, and is not a local path."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
@@ -386,7 +372,7 @@ def _settings(values: Mapping[str, Any]) -> str:
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:
-    """Names as a list in words, cut short."""
+    """Return a list of names as text, shortened to `most` names."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(escape, names[:most])) + more
@@ -397,6 +383,6 @@ def _one_line(value: Any) -> str:
 
 
 def escape(value: Any) -> str:
-    """Text as Markdown shows it letter by letter, in one line: also in a cell of a table, and without HTML."""
+    """Escape text so that Markdown shows it literally in one line, also in a table."""
     text = _one_line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]#!|~$]|(?<=:)/(?=/))", r"\\\1", text)

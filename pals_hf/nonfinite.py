@@ -1,4 +1,4 @@
-"""What is kept of a training step whose loss or gradient is not finite, so that it can be looked into."""
+"""Saves a training step whose loss or gradient is not finite, so that its cause can be found."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .data import ID
 
 
 def keep_step(folder: Path, batches: list[dict[str, Any]], model: nn.Module | None, about: dict[str, Any]) -> None:
-    """Write the images of a step as tensors, the network that got them, and what is known of the step.
+    """Write the batch of a training step, the network and facts about the step into a folder.
 
     Args:
-        folder: `batch.safetensors`, `step.json` and, with a model, what its `save_pretrained` writes.
-        batches: micro-batches; their tensors are joined along the first axis, or called NAME.0, NAME.1, ... where
-            their crops differ in size.
-        model: the network, where this process has all of it.
-        about: for `step.json`, with the images' ids where the batches have any.
+        folder: the folder, which gets `batch.safetensors`, `step.json` and the files of `model.save_pretrained`.
+        batches: the micro-batches of the step. Their tensors are concatenated, or named NAME.0, NAME.1, ... if the
+            sizes of their images differ.
+        model: the network, or None if it is sharded over processes.
+        about: the facts for `step.json`, to which the ids of the images are added.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = [name for name, value in batches[0].items() if isinstance(value, Tensor)]
@@ -40,15 +40,16 @@ def keep_step(folder: Path, batches: list[dict[str, Any]], model: nn.Module | No
 
 
 def images_of(batches: list[dict[str, Any]]) -> list[str]:
+    """Return the ids of the images in the batches, if the batches have ids."""
     return [str(identifier) for batch in batches for identifier in batch.get(ID, [])]
 
 
 def likely_cause(batches: list[dict[str, Any]], model: nn.Module) -> str:
-    """What to look at first."""
+    """Return a message about the most likely cause of the values that are not finite."""
     if not all(batch["pixel_values"].isfinite().all() for batch in batches):
-        return "the images hold values that are not finite"
-    # Of sharded weights this process looks at its own part.
+        return "the images have values that are not finite"
+    # Each process checks its own part of sharded weights.
     weights = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters())
     if not all(part.isfinite().all() for part in weights):
-        return "the network's weights are not finite any more: lower learning_rate or max_grad_norm"
-    return "images and weights are finite: lower learning_rate, or train in bf16 or float32 if this is fp16"
+        return "the weights of the network are not finite; try a lower learning_rate or max_grad_norm"
+    return "the images and weights are finite; try a lower learning_rate, or bf16 or float32 instead of fp16"

@@ -1,13 +1,16 @@
-"""The folder of a run: one run at a time, one history, and where a run goes on."""
+"""The output folder of a run: only one run uses it at a time, and its checkpoints belong to one training."""
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -17,17 +20,19 @@ from .data import FractionManifest
 from .data.fractions import MANIFEST
 from .errors import InputError
 from .hub import download_checkpoint
-from .model_card import CARD_DATA, PICTURES, CardData, is_hub_id, loss_settings
+from .model_card import CARD_DATA, PICTURES, CardData, is_hub_id
 
-LOCK = "_lock"  # what begins with an underscore is not pushed to the Hub
+LOCK = "_lock"  # names that begin with an underscore are not pushed to the Hub
 
 
 @contextmanager
-def claimed(output_dir: str | os.PathLike) -> Iterator[None]:
-    """Make a folder, and keep other runs out of it until the block or the process ends, however that ends.
+def lock_output_dir(output_dir: str | os.PathLike) -> Iterator[None]:
+    """Create a folder, and lock it against other runs until the block or the process ends.
+
+    The lock is released even if the process is killed.
 
     Raises:
-        InputError: another run has it.
+        InputError: another run has locked the folder.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +41,9 @@ def claimed(output_dir: str | os.PathLike) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
-        raise InputError(f"output_dir {folder} is in use by {who}: wait for it, or take another folder") from None
+        raise InputError(
+            f"output_dir {folder} is in use by {who}. Wait for it to end, or use another folder."
+        ) from None
     try:
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
@@ -46,107 +53,114 @@ def claimed(output_dir: str | os.PathLike) -> Iterator[None]:
 
 
 def find_checkpoint(config: PALSConfig) -> Path | None:
-    """The checkpoint that `config.resume_from_checkpoint` means.
+    """Find the checkpoint that `config.resume_from_checkpoint` names.
 
-    `last` and a run's folder are its newest complete one, and so is `auto`, which starts anew where there is none; a
-    checkpoint's own path is that. Of a repository on the Hub, OWNER/NAME, the checkpoint is fetched into
-    `config.output_dir`, by default `runs/NAME`. With several processes the main one calls this: another run may just
-    be writing a newer one.
+    A checkpoint's path names that checkpoint. A run's folder names its newest complete checkpoint, and `last` and
+    `auto` name the newest one in `config.output_dir`; `auto` starts a new run if there is none. A repository on the
+    Hub, OWNER/NAME, names its newest checkpoint, which is downloaded to `config.output_dir`, by default `runs/NAME`.
+    With several processes, only the main process should call this, because another run may be writing a checkpoint.
 
     Returns:
-        The checkpoint's folder, or None for a new start.
+        The folder of the checkpoint, or None for a new run.
 
     Raises:
         InputError: there is no complete checkpoint.
     """
     resume, output_dir = config.resume_from_checkpoint, config.output_dir
     if resume == "auto" and not output_dir:
-        raise InputError("resume_from_checkpoint auto needs the run's output_dir")
+        raise InputError("resume_from_checkpoint=auto needs output_dir")
     path = Path(output_dir or ".") if resume in ("last", "auto") else Path(resume)
     if is_hub_id(resume):
         return _fetch(resume, Path(output_dir or f"runs/{path.name}"), config)
     checkpoint = path if is_complete_checkpoint(path) else last_complete_checkpoint(path)
     if checkpoint is None and resume != "auto":
-        raise InputError(f"resume_from_checkpoint {resume}: there is no complete checkpoint at {path}")
+        raise InputError(f"resume_from_checkpoint={resume}: there is no complete checkpoint in {path}")
     return checkpoint
 
 
 def _fetch(repo_id: str, run_dir: Path, config: PALSConfig) -> Path:
     if _files_of_a_run(run_dir):
         raise InputError(
-            f"output_dir {run_dir} already holds a run: use --resume_from_checkpoint last, or another folder for that "
-            f"of {repo_id}"
+            f"output_dir {run_dir} already holds a run. Use --resume_from_checkpoint last to resume it, or another "
+            f"folder to resume the run of {repo_id}."
         )
     is_new = not run_dir.exists()
-    with claimed(run_dir):
+    with lock_output_dir(run_dir):
         try:
             return download_checkpoint(repo_id, run_dir, config.hub_revision, config.hub_token)
         except InputError as error:
-            if is_new:  # and ours: nobody else writes into what is claimed
+            if is_new:  # nobody else writes into a locked folder
                 shutil.rmtree(run_dir)
-            raise InputError(f"resume_from_checkpoint {repo_id}: there is no such folder, and {error}") from error
+            raise InputError(f"resume_from_checkpoint={repo_id}: there is no such folder, and {error}") from error
 
 
 def refuse_other_run(run_dir: Path, checkpoint: Path | None, overwrite: bool = False) -> None:
-    """One history a folder, unless `overwrite` allows to discard what is there.
+    """Refuse to mix the files of two runs in one folder.
 
     Args:
-        run_dir: where a run is to go.
-        checkpoint: what it goes on from, or None.
-        overwrite: it may replace another run.
+        run_dir: the folder of the new or resumed run.
+        checkpoint: the checkpoint from which the run resumes, or None for a new run.
+        overwrite: allow the run to replace another one.
 
     Raises:
-        InputError: the folder holds another run, or later checkpoints than `checkpoint`, which would be taken for
-            those of the new run; or it cannot be made or written to.
+        InputError: the folder holds another run, or later checkpoints than `checkpoint`; or the folder cannot be
+            created or written to.
     """
     place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not place.is_dir():
-        raise InputError(f"output_dir {run_dir}: {place} is a file")
+        raise InputError(f"output_dir {run_dir}: {place} is a file, use another folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"output_dir {run_dir}: {place} may not be written to")
+        raise InputError(f"output_dir {run_dir}: you have no permission to write to {place}")
     goes_on_here = _goes_on_in(run_dir, checkpoint)
     if goes_on_here and not is_complete_checkpoint(checkpoint):
-        raise InputError(f"{checkpoint} is gone: another run has taken output_dir {run_dir} meanwhile")
+        raise InputError(f"{checkpoint} does not exist any more: another run has used output_dir {run_dir} meanwhile")
     if overwrite:
         return
     if not goes_on_here and _files_of_a_run(run_dir):
         raise InputError(
-            f"output_dir {run_dir} already holds a run: use --overwrite, --resume_from_checkpoint or another folder"
+            f"output_dir {run_dir} already holds a run. Use --resume_from_checkpoint last to resume it, "
+            "--overwrite to replace it, or another folder."
         )
     replaced = [name for name in ("README.md", *PICTURES) if (run_dir / name).exists()]
     if not goes_on_here and replaced and not (run_dir / CARD_DATA).exists():
-        raise InputError(f"output_dir {run_dir} holds {replaced[0]}, of no run: use another folder, or --overwrite it")
+        raise InputError(
+            f"output_dir {run_dir} holds {replaced[0]}, which no run has written. Use another folder, or --overwrite "
+            "to replace the file."
+        )
     newest = last_complete_checkpoint(run_dir)
     if goes_on_here and newest.name != checkpoint.name:
         raise InputError(
-            f"output_dir {run_dir} holds {newest.name}, which is not what the run would go on from: "
-            "use --resume_from_checkpoint last, --overwrite to discard it, or another folder"
+            f"output_dir {run_dir} holds {newest.name}, but the run would resume from {checkpoint.name}. Use "
+            f"--resume_from_checkpoint last, --overwrite to discard {newest.name}, or another folder."
         )
 
 
 def refuse_other_training(checkpoint: Path, config: PALSConfig, manifest: FractionManifest | None) -> None:
-    """A run goes on with the images and the loss that it began with, also where defaults have changed since.
+    """Refuse to resume a run with other training images or another loss, even if only the defaults have changed.
 
     Raises:
-        InputError: `checkpoint` records others.
+        InputError: `checkpoint` was trained on other images or with another loss.
     """
     recorded = checkpoint / MANIFEST
-    # The name that it notes is that of a folder, which may be another one now.
+    # The manifest also names the folder of the data, which may have moved.
     if recorded.exists() and _images_of(FractionManifest.load(recorded)) != _images_of(manifest):
-        raise InputError(f"{checkpoint} was trained on other images: see {recorded}")
+        raise InputError(f"{checkpoint} was trained on other images. Use those in {recorded}, or start a new run.")
     if not (checkpoint / CARD_DATA).exists():
         return
     card = CardData.load(checkpoint)
-    began, now = {"loss": card.loss, **card.loss_settings}, {"loss": config.loss, **loss_settings(config)}
-    other = [f"--{name} {value}" for name, value in began.items() if now.get(name) != value]
+    began, now = {"loss": card.loss, **card.loss_settings}, {"loss": config.loss, **config.loss_settings}
+    other = {name: value for name, value in began.items() if now.get(name) != value}
     if other:
-        raise InputError(
-            f"{checkpoint} was trained with another loss: go on with {' '.join(other)}, or begin a new run"
-        )
+        flags = shlex.join(word for name, value in other.items() for word in (f"--{name}", _as_flag(value)))
+        raise InputError(f"{checkpoint} was trained with another loss. Resume it with {flags}, or start a new run.")
+
+
+def _as_flag(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def discard_other_run(run_dir: Path, checkpoint: Path | None) -> None:
-    """Take away what a run there replaces: what comes after `checkpoint`, or all of another run. Other files stay."""
+    """Delete the checkpoints after `checkpoint`, or the files of another run. Files that no run has written stay."""
     if _goes_on_in(run_dir, checkpoint):
         discard_after(checkpoint)
         return

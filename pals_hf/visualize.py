@@ -1,4 +1,4 @@
-"""Pictures: predictions beside the truth, over the image or on their own, uncertainty, and training curves."""
+"""Pictures of predictions, uncertainty, training curves and calibration."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ if TYPE_CHECKING:
 _GAP = 4
 _FONT_SIZE = 12
 _TITLE_HEIGHT = 18
-_MIN_ROW_HEIGHT = 120  # small images are enlarged, so that a sheet can be looked at
-_LINES = 40  # of a legend beside a large picture: its letters grow with the picture
-_OPACITY = 0.5  # of the colours over a picture
-# Dark is sure, bright is not; evenly spaced, between them colours are mixed.
+_MIN_ROW_HEIGHT = 120  # smaller images are enlarged
+_LINES = 40  # lines of a legend beside a large picture, whose font grows with the picture
+_OPACITY = 0.5  # opacity of the class colours in an overlay
+# Colours from certain (dark) to uncertain (bright), evenly spaced and linearly interpolated.
 _HEAT = np.array([(0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191)], dtype=float)
 
 
 def palette(num_labels: int, own: Sequence[tuple[int, int, int]] | None = None) -> np.ndarray:
-    """One colour per class, uint8 `(256, 3)`; void is black.
+    """Return one RGB colour per class, uint8 `(256, 3)`, and black for unlabelled pixels.
 
-    The data set's own colours, if it has any; else the Pascal VOC colour map from its second entry on.
+    Args:
+        num_labels: the number of classes.
+        own: colours of the classes. Default: the Pascal VOC colour map from its second entry on.
     """
     colors = np.zeros((256, 3), dtype=np.uint8)
     if own is not None:
@@ -49,13 +51,13 @@ def prediction_sheet(
     path: str | os.PathLike,
     own_colors: Sequence[tuple[int, int, int]] | None = None,
 ) -> None:
-    """Write a picture of rows image | truth | prediction, or image | truth, with a legend of the classes.
+    """Write a picture with the columns image, truth and prediction, or image and truth, and a legend of the classes.
 
     Args:
-        rows: (image, mask of class indices, predicted class indices `(H, W)`) of each picture, or the first two.
-        id2label: class index to name.
-        path: the PNG to write.
-        own_colors: colours of the classes, if the data set has its own.
+        rows: image, mask of class indices and optionally predicted class indices `(H, W)`, for each row.
+        id2label: maps class indices to names.
+        path: the PNG file to write.
+        own_colors: colours of the classes. Default: see [`palette`].
     """
     colors, font = palette(len(id2label), own_colors), ImageFont.load_default(size=_FONT_SIZE)
     scale = max(1, -(-_MIN_ROW_HEIGHT // rows[0][0].height))
@@ -82,7 +84,7 @@ def prediction_sheet(
 
 
 def legend(entries: Iterable[tuple[str, Sequence[int]]], font_size: int = _FONT_SIZE) -> Image.Image:
-    """Squares of colours, each with its name, one below the other on white; RGB."""
+    """Return an RGB picture that lists names beside squares of their colours."""
     entries, font = list(entries), ImageFont.load_default(size=font_size)
     line = _TITLE_HEIGHT * font_size // _FONT_SIZE
     width = 2 * line + math.ceil(max((font.getlength(name) for name, _ in entries), default=0))
@@ -101,13 +103,13 @@ def overlay(
     id2label: dict[int, str],
     own_colors: Sequence[tuple[int, int, int]] | None = None,
 ) -> Image.Image:
-    """A picture under the colours of its classes, and a legend of those that it shows.
+    """Return a picture blended with the colours of its classes, and a legend of the classes in it.
 
     Args:
         image: the picture.
-        mask: its class indices `(H, W)`.
-        id2label: class index to name.
-        own_colors: colours of the classes, if the data set has its own.
+        mask: class indices `(H, W)`.
+        id2label: maps class indices to names.
+        own_colors: colours of the classes. Default: see [`palette`].
     """
     colors, mask = palette(len(id2label), own_colors), np.asarray(mask, dtype=np.uint8)
     covered = Image.blend(image.convert("RGB"), Image.fromarray(colors[mask]), _OPACITY)
@@ -117,20 +119,20 @@ def overlay(
 def index_picture(
     mask: np.ndarray | Tensor, num_labels: int, own_colors: Sequence[tuple[int, int, int]] | None = None
 ) -> Image.Image:
-    """Class indices `(H, W)` as a palette picture: its values are the indices, and it opens in their colours."""
+    """Return class indices `(H, W)` as a palette picture: its pixel values are the indices, shown in class colours."""
     picture = Image.fromarray(np.asarray(mask, dtype=np.uint8))
     picture.putpalette(palette(num_labels, own_colors).tobytes())
     return picture
 
 
 def heat_map(uncertainty: np.ndarray | Tensor) -> Image.Image:
-    """Values `(H, W)` from 0 (dark) to 1 (bright) as colours, with a scale beside them."""
+    """Return values `(H, W)` from 0 (dark) to 1 (bright) as a picture with a scale."""
     scale = [(f"{value:.2f}", _heat(np.array(value))) for value in (1.0, 0.75, 0.5, 0.25, 0.0)]
     return _beside_legend(Image.fromarray(_heat(np.asarray(uncertainty))), scale)
 
 
 def _heat(values: np.ndarray) -> np.ndarray:
-    """Values from 0 to 1 as colours, uint8 `(..., 3)`."""
+    """Map values from 0 to 1 to colours, uint8 `(..., 3)`."""
     steps = np.linspace(0, 1, len(_HEAT))
     return np.stack([np.interp(values, steps, channel) for channel in _HEAT.T], axis=-1).round().astype(np.uint8)
 
@@ -144,9 +146,13 @@ def _beside_legend(picture: Image.Image, entries: Sequence[tuple[str, Sequence[i
 
 
 def training_curves(log_history: list[dict[str, Any]], path: str | os.PathLike) -> None:
-    """Write a picture of training loss and validation mIoU over the steps, as far as there are several points of them.
+    """Write a picture of the training loss and the validation mIoU over the steps.
 
-    Needs matplotlib (extra `plots`).
+    A curve with fewer than two points is left out. Needs matplotlib (extra `plots`).
+
+    Args:
+        log_history: entries of `trainer.state.log_history`.
+        path: the picture to write.
     """
     from matplotlib.figure import Figure
 
@@ -155,7 +161,7 @@ def training_curves(log_history: list[dict[str, Any]], path: str | os.PathLike) 
         title: [(entry["step"], entry[key]) for entry in log_history if entry.get(key) is not None]
         for key, title in titles.items()
     }
-    drawn = {title: points for title, points in curves.items() if len(points) > 1}  # a point is no curve
+    drawn = {title: points for title, points in curves.items() if len(points) > 1}
     figure = Figure(figsize=(4 * max(1, len(drawn)), 3), layout="constrained")
     for axis, (title, points) in zip(
         figure.subplots(1, max(1, len(drawn)), squeeze=False)[0], drawn.items(), strict=False
@@ -167,10 +173,10 @@ def training_curves(log_history: list[dict[str, Any]], path: str | os.PathLike) 
 
 
 def reliability_diagram(bins: Sequence[Sequence[float | None]], path: str | os.PathLike) -> None:
-    """Write a picture of the share of hits against confidence. Needs matplotlib (extra `plots`).
+    """Write a picture of accuracy against confidence. Needs matplotlib (extra `plots`).
 
     Args:
-        bins: of each bin the share of pixels, their mean confidence and their share of hits, as `eval_reliability`.
+        bins: for each bin the share of pixels, their mean confidence and their accuracy, as in `eval_reliability`.
         path: the picture to write.
     """
     from matplotlib.figure import Figure
@@ -180,5 +186,5 @@ def reliability_diagram(bins: Sequence[Sequence[float | None]], path: str | os.P
     filled = [(confidence, hits) for share, confidence, hits in bins if share]
     axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     axis.plot(*zip(*filled, strict=True), marker=".")
-    axis.set(xlabel="confidence", ylabel="share of hits", title="calibration")
+    axis.set(xlabel="confidence", ylabel="accuracy", title="calibration")
     figure.savefig(path, dpi=110)

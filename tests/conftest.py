@@ -94,6 +94,21 @@ def write_pair(folder, name, size=(32, 48), seed=0):
     Image.fromarray(mask).save(folder / "masks" / f"{name}.png")
 
 
+def load_folder(folder, **options):
+    """Load the fixture `folder`."""
+    from pals_hf import load_segmentation_dataset
+
+    return load_segmentation_dataset(dataset_dir=folder, **{"void_labels": [RAW_VOID], **options})
+
+
+def rewrite_mask(folder, change):
+    """Change the first training mask of the fixture `folder`."""
+    path = sorted((folder / "train" / "masks").iterdir())[0]
+    mask = Image.fromarray(change(np.array(Image.open(path))))
+    mask.save(path)
+    return path
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A data set folder: 8 training and 5 validation images; the validation images differ in size."""

@@ -93,15 +93,16 @@ def push_and_load_a_data_set(folder):
 
 def train_and_push(folder):
     """A run that pushes as it goes, whose card is then followed, and which another machine goes on from."""
-    import run_seg_pals
     from huggingface_hub import ModelCard
     from PIL import Image
+
+    from pals_hf.cli import train
 
     repo_id, run = name_of("trained"), folder / "run"
     flags = [*SHORT, "--max_steps", "4", "--save_steps", "2", "--eval_steps", "2", "--license", "apache-2.0"]
     pushing = ["--push_to_hub", "True", "--hub_model_id", repo_id, "--hub_token", os.environ["HF_TOKEN"]]
     pushing += ["--hub_private_repo", "True", "--hub_strategy", "checkpoint"]
-    run_seg_pals.main([*flags, *pushing, "--output_dir", str(run)])
+    train.main([*flags, *pushing, "--output_dir", str(run)])
     card = ModelCard.load(repo_id)
     assert card.data.to_dict() == ModelCard((run / "README.md").read_text()).data.to_dict()
     assert card.data.license == "apache-2.0"
@@ -117,10 +118,10 @@ def train_and_push(folder):
         exec(code, {})
     # Another machine, which has nothing but the repository.
     other = folder / "other"
-    run_seg_pals.main([*flags, "--max_steps", "6", "--resume_from_checkpoint", repo_id, "--output_dir", str(other)])
+    train.main([*flags, "--max_steps", "6", "--resume_from_checkpoint", repo_id, "--output_dir", str(other)])
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
-        run_seg_pals.main([*flags, "--max_steps", "7", "--resume_from_checkpoint", repo_id, "--output_dir", str(run)])
+        train.main([*flags, "--max_steps", "7", "--resume_from_checkpoint", repo_id, "--output_dir", str(run)])
     history = json.loads((other / "trainer_state.json").read_text())["log_history"]
     return {
         "found": found.getvalue(),
@@ -138,12 +139,11 @@ def train_and_push(folder):
 
 def push_through_faults(folder):
     """A finished run, pushed while the server does all sorts of things; what each attempt ended in."""
-    import push_checkpoint
-    import run_seg_pals
     from conftest import tiny_segformer
     from trained import enliven
 
-    from pals_hf.data.sources import _names_on_hub
+    from pals_hf.cli import push, train
+    from pals_hf.data.hub_facts import names_on_hub
     from pals_hf.errors import InputError
     from pals_hf.hub import download_checkpoint
     from pals_hf.models import build_image_processor
@@ -151,9 +151,7 @@ def push_through_faults(folder):
     network = enliven(tiny_segformer(hidden_sizes=[32, 64, 128, 256], decoder_hidden_size=256, depths=[2, 2, 2, 2]))
     network.save_pretrained(folder / "start")
     run = folder / "run"
-    run_seg_pals.main(
-        [*SHORT, "--max_steps", "1", "--model_name_or_path", str(folder / "start"), "--output_dir", str(run)]
-    )
+    train.main([*SHORT, "--max_steps", "1", "--model_name_or_path", str(folder / "start"), "--output_dir", str(run)])
     weights, results = (run / "model.safetensors").read_bytes(), {}
 
     def attempt(what, repo_id, *faults, flags=()):
@@ -161,7 +159,7 @@ def push_through_faults(folder):
         out, begin = io.StringIO(), time.monotonic()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             try:
-                push_checkpoint.main([str(run), "--repo_id", repo_id, *flags])
+                push.main([str(run), "--repo_id", repo_id, *flags])
                 code = 0
             except SystemExit as stop:
                 code = stop.code
@@ -198,7 +196,7 @@ def push_through_faults(folder):
     build_image_processor("maintainer/c")
     for what, fault, fetch in (
         ("checkpoint", "/api/models/maintainer/c", lambda: download_checkpoint("maintainer/c", folder / "other")),
-        ("names", "/datasets/maintainer/c/resolve/", lambda: _names_on_hub("maintainer/c")),
+        ("names", "/datasets/maintainer/c/resolve/", lambda: names_on_hub("maintainer/c")),
     ):
         inject(*({"method": method, "path": fault, "status": 403, "times": 9} for method in ("HEAD", "GET")))
         try:

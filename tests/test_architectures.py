@@ -11,9 +11,10 @@ from transformers import AutoModelForSemanticSegmentation, pipeline
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
 from pals_hf import PALSConfig, PALSLoss, PALSTrainer
-from pals_hf.config import AFFINITY_SOURCES
+from pals_hf.functional import SOURCES
 from pals_hf.inference import predict
-from pals_hf.models import ClassifierTap, build_image_processor
+from pals_hf.models import build_image_processor
+from pals_hf.tap import ClassifierTap
 
 EVERY = pytest.mark.parametrize("architecture", BUILDERS)
 
@@ -79,14 +80,14 @@ def test_cross_entropy_is_the_models_own(architecture, tmp_path):
 
 
 @EVERY
-@pytest.mark.parametrize("source", AFFINITY_SOURCES)
+@pytest.mark.parametrize("source", SOURCES)
 def test_pals_differs_from_cross_entropy(architecture, source, tmp_path):
     model, inputs = outspoken(architecture), batch()
     cross_entropy = trainer_of(model, tmp_path, loss="ce").compute_loss(model, inputs)
-    trainer = trainer_of(model, tmp_path, affinity_source=source, beta=0.0)
+    trainer = trainer_of(model, tmp_path, affinity={"source": source}, beta=0.0)
     torch.testing.assert_close(trainer.compute_loss(model, inputs), cross_entropy, rtol=1e-5, atol=1e-6)
     # The labels are drawn at random and contradict the network, which adaptive beta would leave as they are.
-    trainer = trainer_of(model, tmp_path, affinity_source=source, beta=0.5, adaptive_beta=False)
+    trainer = trainer_of(model, tmp_path, affinity={"source": source}, beta=0.5, adaptive_beta=False)
     loss = trainer.compute_loss(model, inputs)
     assert abs(loss - cross_entropy) > 1e-3
     assert gradients(model, loss)
@@ -117,7 +118,7 @@ def test_the_tap_reads_what_the_output_is_made_of(architecture):
         outputs = model(pixel_values=batch()["pixel_values"])
     reading = tap.read()
     assert reading.features.shape[2:] == reading.logits.shape[2:]
-    at_output = reading.at_output(reading.logits)
+    at_output = reading.logits if reading.resize is None else reading.resize(reading.logits)
     size = outputs.logits.shape[2:]
     expected = F.interpolate(at_output, size, mode="bilinear") if at_output.shape[2:] != size else at_output
     torch.testing.assert_close(outputs.logits, expected)

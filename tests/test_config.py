@@ -1,21 +1,34 @@
 import dataclasses
 import json
 import pickle
+from dataclasses import asdict, replace
 
 import pytest
 from transformers import TrainingArguments
 
 from pals_hf import PALSConfig
 from pals_hf.errors import InputError
+from pals_hf.functional import Affinity
 from pals_hf.losses import PRESETS
 
 
-def test_presets_fill_what_is_not_given(tmp_path):
+def test_presets_fill_missing_settings(tmp_path):
     for preset, values in PRESETS.items():
         config = PALSConfig(tmp_path, preset=preset)
-        assert {name: getattr(config, name) for name in values} == values
-    config = PALSConfig(tmp_path, preset="paper", beta=0.25)
-    assert (config.beta, config.tau) == (0.25, PRESETS["paper"]["tau"])
+        assert (config.beta, config.adaptive_beta) == (values["beta"], values["adaptive_beta"])
+        assert config.affinity_settings == values["affinity"]
+    config = PALSConfig(tmp_path, preset="paper", beta=0.25, affinity={"keys": 9})
+    assert config.beta == 0.25
+    assert config.affinity_settings == replace(PRESETS["paper"]["affinity"], keys=9)
+
+
+def test_affinity_as_json_and_as_a_dictionary(tmp_path):
+    expected = Affinity(tau=0.1, keys=None)
+    for given in ({"tau": 0.1, "keys": None}, '{"tau": 0.1, "keys": null}'):
+        config = PALSConfig(tmp_path, affinity=given)
+        assert config.affinity_settings == expected
+        assert json.loads(config.to_json_string())["affinity"] == asdict(expected)
+    assert PALSConfig(tmp_path, loss="self_distillation").affinity_settings.weight == 0
 
 
 def test_what_is_better_goes_by_the_metric(tmp_path):
@@ -51,26 +64,21 @@ def test_docstring_lists_every_default_that_differs():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("loss", "dice", "loss must be one of pals, ce, label_smoothing, got 'dice'"),
+        ("loss", "dice", "loss must be one of pals, self_distillation, ce, label_smoothing, got 'dice'"),
         ("preset", "mine", "preset must be one of default, paper"),
-        ("beta_schedule", "quadratic", "beta_schedule must be one of"),
-        ("beta_warmup", 0.0, "beta_warmup must be positive"),
-        ("affinity_source", "image", "affinity_source must be one of classifier_input, before_dropout"),
-        ("pairs", "some", "pairs must be one of"),
-        ("affinity_stride", 0, "affinity_stride must be at least 1"),
-        ("propagation_weight", 2.0, "propagation_weight must lie in"),
-        ("teacher", "frozen", "teacher must be one of live, ema"),
-        ("teacher_view", "strong", "teacher_view must be one of same, weak"),
-        ("ema_decay", 1.5, "ema_decay must lie in"),
+        ("affinity", {"tau": 0.0}, "affinity: tau must be positive, got 0.0"),
+        ("affinity", {"taus": 0.1}, "affinity: there is no setting 'taus'; the settings are tau, keys"),
+        ("affinity", {"weight": 0}, "affinity: with weight 0 no pixels are compared: use loss self_distillation"),
+        ("affinity", '{"tau": 0.1', "affinity must be JSON like"),
+        ("affinity", "[0.1]", "affinity must hold settings and their values"),
+        ("enable_jit_checkpoint", True, "enable_jit_checkpoint must be False: .* survives SIGTERM"),
         ("beta", 1.5, r"beta must lie in \[0, 1\], got 1.5"),
         ("beta", -0.1, "beta must lie"),
         ("smoothing", 2.0, "smoothing must lie"),
-        ("tau", 0.0, "tau must be positive"),
-        ("temperature", -1.0, "temperature must be positive"),
         ("per_device_train_batch_size", 0, "per_device_train_batch_size must be positive"),
         ("num_train_epochs", 0, "num_train_epochs must be positive"),
         ("head_lr_multiplier", 0.0, "head_lr_multiplier must be positive"),
-        ("label_smoothing_factor", 0.1, "use loss='label_smoothing' with smoothing=0.1"),
+        ("label_smoothing_factor", 0.1, "Use loss='label_smoothing' with smoothing=0.1"),
         ("remove_unused_columns", True, "remove_unused_columns must be False"),
         ("batch_eval_metrics", False, "batch_eval_metrics must be True"),
     ],
@@ -88,12 +96,6 @@ def test_schedules_get_arguments_of_their_own(tmp_path, schedule):
     assert PALSConfig(tmp_path, lr_scheduler_kwargs=given).lr_scheduler_kwargs == given
 
 
-def test_beta_schedules(tmp_path):
-    assert [PALSConfig(tmp_path, beta=0.4).beta_at(x) for x in (0, 0.5, 1)] == [0.4, 0.4, 0.4]
-    linear = PALSConfig(tmp_path, beta=0.4, beta_schedule="linear")
-    assert [linear.beta_at(x) for x in (0, 0.5, 1)] == [0, 0.2, 0.4]
-
-
 def test_the_token_is_in_no_pickle_and_no_json(tmp_path):
     config = PALSConfig(tmp_path, hub_token="hf_secret")
     assert b"hf_secret" not in pickle.dumps(config)
@@ -103,8 +105,8 @@ def test_the_token_is_in_no_pickle_and_no_json(tmp_path):
 
 
 def test_padding_must_be_told_from_void(tmp_path):
-    with pytest.raises(InputError, match="distill_void needs another ignore_index than -1"):
-        PALSConfig(tmp_path, distill_void=True, ignore_index=-1)
+    with pytest.raises(InputError, match="ignore_index must not be -1, the label of padding"):
+        PALSConfig(tmp_path, distill_unlabeled=True, ignore_index=-1)
 
 
 def test_processes_that_would_train_side_by_side(tmp_path, monkeypatch):

@@ -64,9 +64,9 @@ def test_scores_are_identical(runs):
 
 
 def assert_all_stopped_at(folder):
-    other, bad = sorted((record["message"] for record in ranks(folder)), key=lambda message: "images hold" in message)
+    other, bad = sorted((record["message"] for record in ranks(folder)), key=lambda message: "images have" in message)
     assert other.startswith("the loss of another process is not finite at step 1")
-    assert bad.startswith("the loss is nan at step 1: the images hold values that are not finite")
+    assert bad.startswith("the loss is nan at step 1: the images have values that are not finite")
     assert len(list(folder.glob("_non-finite-step-1-rank-*/batch.safetensors"))) == 1
 
 

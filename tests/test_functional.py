@@ -1,4 +1,3 @@
-import math
 import subprocess
 import sys
 
@@ -7,14 +6,16 @@ import reference
 import torch
 import torch.nn.functional as F
 
-from pals_hf import functional
 from pals_hf.functional import (
     PADDING_INDEX,
+    Affinity,
     aggregate_probabilities,
+    aggregation,
     count_pixels,
     entropy,
     pool_labels,
     soft_label_cross_entropy,
+    stride_of_keys,
     upsample,
     upsample_argmax,
 )
@@ -43,235 +44,209 @@ class TestAggregateProbabilities:
     @pytest.mark.parametrize(("features", "classes"), [(8, 3), (4, 21), (13, 13)])
     @pytest.mark.parametrize("tau", [0.05, 0.3, 5.0])
     def test_equals_the_materialised_matrix(self, features, classes, tau):
-        f, p = maps(features), maps(classes, seed=1).softmax(dim=1)
-        expected = reference.aggregate(f, p, tau)
-        torch.testing.assert_close(aggregate_probabilities(f, p, tau=tau).double(), expected, rtol=1e-5, atol=1e-7)
+        f, p, affinity = maps(features), maps(classes, seed=1).softmax(dim=1), Affinity(tau=tau)
+        expected = reference.aggregate(f, p, affinity)
+        torch.testing.assert_close(aggregate_probabilities(f, p, affinity).double(), expected, rtol=1e-5, atol=1e-7)
 
+    @pytest.mark.parametrize("keys", [None, 15])
     @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
-    def test_half_precision_features(self, dtype, error):
-        f, p = maps(16, (12, 20)), maps(5, (12, 20), seed=1).softmax(dim=1)
-        q = aggregate_probabilities(f.to(dtype), p, tau=0.3)
+    def test_half_precision_features(self, dtype, error, keys):
+        f, p, affinity = maps(16, (12, 20)), maps(5, (12, 20), seed=1).softmax(dim=1), Affinity(tau=0.3, keys=keys)
+        q = aggregate_probabilities(f.to(dtype), p, affinity)
         assert q.dtype == torch.float32
-        expected = reference.aggregate(f, p, 0.3)
+        expected = reference.aggregate(f, p, affinity, stride=4 if keys else 1)
         assert ((q.double() - expected).norm() / expected.norm()) < error
 
-    def test_each_cell_is_a_distribution(self):
-        q = aggregate_probabilities(maps(8).bfloat16(), maps(5, seed=1).softmax(dim=1), tau=0.1)
+    @pytest.mark.parametrize("keys", [None, 6])
+    def test_each_position_has_a_distribution(self, keys):
+        q = aggregate_probabilities(maps(8).bfloat16(), maps(5, seed=1).softmax(dim=1), Affinity(tau=0.1, keys=keys))
         torch.testing.assert_close(q.sum(dim=1), torch.ones(2, 6, 9))
         assert (q >= 0).all()
 
     def test_limits_of_tau(self):
         f, p = maps(8), maps(3, seed=1).softmax(dim=1)
-        torch.testing.assert_close(aggregate_probabilities(f, p, tau=1e-3), p, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(aggregate_probabilities(f, p, Affinity(tau=1e-3)), p, rtol=1e-4, atol=1e-5)
         mean = p.mean(dim=(2, 3), keepdim=True).expand_as(p)
-        torch.testing.assert_close(aggregate_probabilities(f, p, tau=1e5), mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(aggregate_probabilities(f, p, Affinity(tau=1e5)), mean, rtol=1e-4, atol=1e-5)
 
     def test_scale_of_the_features_does_not_matter(self):
-        f, p = maps(8), maps(3, seed=1).softmax(dim=1)
+        f, p, affinity = maps(8), maps(3, seed=1).softmax(dim=1), Affinity(tau=0.3)
         torch.testing.assert_close(
-            aggregate_probabilities(f * 1e4, p, tau=0.3), aggregate_probabilities(f, p, tau=0.3)
+            aggregate_probabilities(f * 1e4, p, affinity), aggregate_probabilities(f, p, affinity)
         )
         half = (f * 1e3).half()  # their squares overflow float16
-        assert aggregate_probabilities(half, p, tau=0.3).isfinite().all()
+        assert aggregate_probabilities(half, p, affinity).isfinite().all()
 
     def test_images_do_not_mix(self):
-        f, p = maps(8), maps(3, seed=1).softmax(dim=1)
-        alone = aggregate_probabilities(f[:1], p[:1], tau=0.3)
-        torch.testing.assert_close(aggregate_probabilities(f, p, tau=0.3)[:1], alone)
+        f, p, affinity = maps(8), maps(3, seed=1).softmax(dim=1), Affinity(tau=0.3)
+        alone = aggregate_probabilities(f[:1], p[:1], affinity)
+        torch.testing.assert_close(aggregate_probabilities(f, p, affinity)[:1], alone)
 
     def test_with_weight_0_nothing_is_compared(self, monkeypatch):
         f, p = maps(8), maps(3, seed=1).softmax(dim=1)
-        expected = reference.aggregate(f, p, 0.3, propagation_weight=0.0, affinity_stride=2)
-        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("compared pixels"))
-        for options in ({}, {"affinity_stride": 2, "affinity_pooling": "keys"}):
-            assert torch.equal(aggregate_probabilities(f, p, tau=0.3, propagation_weight=0.0, **options), p)
-        pooled = aggregate_probabilities(f, p, tau=0.3, propagation_weight=0.0, affinity_stride=2)
-        torch.testing.assert_close(pooled.double(), expected, rtol=1e-5, atol=1e-6)
-        with pytest.raises(pytest.fail.Exception, match="compared pixels"):
-            aggregate_probabilities(f, p, tau=0.3)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("compared positions"))
+        for keys in (None, 6):
+            assert torch.equal(aggregate_probabilities(f, p, Affinity(weight=0.0, keys=keys)), p)
+        with pytest.raises(pytest.fail.Exception, match="compared positions"):
+            aggregate_probabilities(f, p)
 
     def test_a_zero_feature_is_no_nan(self):
         p = maps(3, seed=1).softmax(dim=1)
-        assert aggregate_probabilities(torch.zeros(2, 8, 6, 9), p, tau=0.3).isfinite().all()
+        assert aggregate_probabilities(torch.zeros(2, 8, 6, 9), p).isfinite().all()
 
     @pytest.mark.parametrize(
-        ("features", "probabilities", "tau", "message"),
+        ("features", "probabilities", "affinity", "labels", "message"),
         [
-            (maps(8)[0], maps(3), 0.3, "must be"),
-            (maps(8, (5, 9)), maps(3), 0.3, "share batch size and grid"),
-            (maps(8, batch=1), maps(3), 0.3, "share batch size and grid"),
-            (maps(8), maps(3), 0.0, "tau must be positive"),
+            (maps(8)[0], maps(3), Affinity(), None, "must be"),
+            (maps(8, (5, 9)), maps(3), Affinity(), None, "share batch size and grid"),
+            (maps(8, batch=1), maps(3), Affinity(), None, "share batch size and grid"),
+            (maps(8), maps(3), Affinity(pairs="same_class"), None, "needs labels"),
+            (maps(8), maps(3), Affinity(unlabeled_keys=False), patchy_labels()[:1], "needs labels"),
         ],
     )
-    def test_refuses(self, features, probabilities, tau, message):
+    def test_refuses(self, features, probabilities, affinity, labels, message):
         with pytest.raises(ValueError, match=message):
-            aggregate_probabilities(features, probabilities, tau=tau)
+            aggregate_probabilities(features, probabilities, affinity, labels=labels)
 
+    # The 6 x 9 positions in blocks of 2 x 2 (15 keys), of 3 x 3 (6 keys), and of 5 x 5 (4 keys).
+    @pytest.mark.parametrize(("keys", "stride"), [(None, 1), (15, 2), (6, 3), (4, 5)])
     @pytest.mark.parametrize(
-        "options",
+        "settings",
         [
+            {},
             {"pairs": "same_class"},
-            {"pairs": "same_class", "void_keys": False},
-            {"void_keys": False},
+            {"pairs": "same_class", "unlabeled_keys": False},
+            {"unlabeled_keys": False},
             {"include_self": False},
             {"include_self": False, "pairs": "same_class"},
-            {"include_self": False, "pairs": "same_class", "void_keys": False},
-            {"propagation_steps": 3, "propagation_weight": 0.6},
-            {"propagation_steps": 2, "include_self": False},
-            {"affinity_stride": 2},
-            {"affinity_stride": 2, "affinity_pooling": "keys"},
-            {"affinity_stride": 4, "pairs": "same_class", "void_keys": False, "include_self": False},
-            {"affinity_stride": 4, "affinity_pooling": "keys", "propagation_steps": 2, "void_keys": False},
-            {"affinity_stride": 2, "affinity_pooling": "keys", "pairs": "same_class"},
-            {"affinity_stride": 5, "pairs": "same_class", "void_keys": False},
-            {"anchor_weight": 1.0},
-            {"anchor_weight": 100.0, "propagation_steps": 2},
-            {"anchor_weight": 0.01, "include_self": False},
-            {"anchor_weight": 10.0, "pairs": "same_class", "include_self": False},
-            {"anchor_weight": 10.0, "affinity_stride": 2},
-            {"anchor_weight": 10.0, "affinity_stride": 4, "affinity_pooling": "keys"},
+            {"include_self": False, "pairs": "same_class", "unlabeled_keys": False},
+            {"steps": 3, "weight": 0.6},
+            {"steps": 2, "include_self": False},
+            {"steps": 2, "unlabeled_keys": False},
         ],
         ids=str,
     )
     @pytest.mark.parametrize("tau", [0.3, 1.0])
-    def test_options_equal_the_materialised_matrix(self, options, tau):
+    def test_settings_equal_the_materialised_matrix(self, settings, keys, stride, tau):
         f, p, labels = maps(8), maps(3, seed=1).softmax(dim=1), patchy_labels()
-        q = aggregate_probabilities(f, p, tau=tau, labels=labels, **options)
-        expected = reference.aggregate(f, p, tau, labels, **options)
+        affinity = Affinity(tau=tau, keys=keys, **settings)
+        q = aggregate_probabilities(f, p, affinity, labels=labels)
+        expected = reference.aggregate(f, p, affinity, labels, stride)
         torch.testing.assert_close(q.double(), expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(q.sum(dim=1), torch.ones(2, 6, 9))
-        assert (q - aggregate_probabilities(f, p, tau=tau)).abs().max() > 1e-3  # the option does something
+        if affinity != Affinity(tau=tau, keys=None):  # the setting does something
+            assert (q - aggregate_probabilities(f, p, Affinity(tau=tau, keys=None))).abs().max() > 1e-3
 
-    @pytest.mark.parametrize(
-        "options", [{"pairs": "same_class"}, {"include_self": False}, {"void_keys": False}, {"anchor_weight": 30.0}]
-    )
-    def test_options_in_bfloat16(self, options):
+    @pytest.mark.parametrize("settings", [{"pairs": "same_class"}, {"include_self": False}, {"unlabeled_keys": False}])
+    def test_settings_in_bfloat16(self, settings):
         f, p = maps(16, (12, 18)), maps(5, (12, 18), seed=1).softmax(dim=1)
-        q = aggregate_probabilities(f.bfloat16(), p, tau=0.3, labels=patchy_labels(), **options)
-        expected = reference.aggregate(f, p, 0.3, patchy_labels(), **options)
+        affinity = Affinity(tau=0.3, keys=None, **settings)
+        q = aggregate_probabilities(f.bfloat16(), p, affinity, labels=patchy_labels())
+        expected = reference.aggregate(f, p, affinity, patchy_labels())
         assert (q.double() - expected).norm() / expected.norm() < 1e-2
 
-    def test_a_cell_that_is_alone_keeps_its_own_distribution(self):
+    def test_a_position_that_is_alone_keeps_its_own_distribution(self):
         labels = torch.zeros(1, 6, 9, dtype=torch.int64)
         labels[0, 2, 3] = 1
         f, p = maps(8, batch=1), maps(3, seed=1, batch=1).softmax(dim=1)
-        q = aggregate_probabilities(f, p, tau=0.3, labels=labels, pairs="same_class", include_self=False)
+        affinity = Affinity(tau=0.3, pairs="same_class", include_self=False)
+        q = aggregate_probabilities(f, p, affinity, labels=labels)
         torch.testing.assert_close(q[..., 2, 3], p[..., 2, 3])
         assert (q - p).abs().max() > 0.01
 
-    def test_a_class_that_is_in_no_block_keeps_its_own_distribution(self):
-        """With pooled keys the majority of every block is another class: nothing of its own is left."""
+    @pytest.mark.parametrize("include_self", [True, False])
+    def test_a_class_that_is_in_no_block_keeps_its_own_distribution(self, include_self):
+        """The majority of every block is another class: no key of its own is left."""
         labels = torch.zeros(1, 6, 9, dtype=torch.int64)
         labels[0, 2, 3] = 1
         f, p = maps(8, batch=1), maps(3, seed=1, batch=1).softmax(dim=1)
-        options = {"pairs": "same_class", "affinity_stride": 3, "affinity_pooling": "keys"}
-        q = aggregate_probabilities(f, p, tau=0.3, labels=labels, **options)
+        affinity = Affinity(tau=0.3, pairs="same_class", keys=6, include_self=include_self)
+        q = aggregate_probabilities(f, p, affinity, labels=labels)
         torch.testing.assert_close(q[..., 2, 3], p[..., 2, 3])
-        torch.testing.assert_close(q.double(), reference.aggregate(f, p, 0.3, labels, **options), rtol=1e-4, atol=1e-5)
+        expected = reference.aggregate(f, p, affinity, labels, stride=3)
+        torch.testing.assert_close(q.double(), expected, rtol=1e-4, atol=1e-5)
 
-    def test_nothing_but_void_without_void_keys(self):
+    def test_no_label_at_all_without_unlabeled_keys(self):
         f, p = maps(8), maps(3, seed=1).softmax(dim=1)
-        void = torch.full((2, 24, 36), 255)
-        torch.testing.assert_close(aggregate_probabilities(f, p, tau=0.3, labels=void, void_keys=False), p)
+        none = torch.full((2, 24, 36), 255)
+        q = aggregate_probabilities(f, p, Affinity(tau=0.3, unlabeled_keys=False), labels=none)
+        torch.testing.assert_close(q, p)
 
     def test_without_self_half_precision_features_lose_nothing(self):
-        """Where the own weight dominates, what the others have is smaller than bfloat16 can tell."""
+        """Where the own weight dominates, the weight of the others is smaller than bfloat16 can tell."""
         f, p = maps(32).bfloat16(), maps(5, seed=1).softmax(dim=1)
-        q = aggregate_probabilities(f, p, tau=0.15, include_self=False)
-        torch.testing.assert_close(
-            q.double(), reference.aggregate(f.float(), p, 0.15, include_self=False), rtol=0.05, atol=0.01
-        )
+        affinity = Affinity(tau=0.15, include_self=False)
+        expected = reference.aggregate(f.float(), p, affinity)
+        torch.testing.assert_close(aggregate_probabilities(f, p, affinity).double(), expected, rtol=0.05, atol=0.01)
 
-    def test_values_of_void_cells_stay_out_without_void_keys(self):
+    def test_unlabelled_positions_stay_out_without_unlabeled_keys(self):
         f, p, labels = maps(8), maps(3, seed=1).softmax(dim=1), patchy_labels()
-        void = pool_labels(labels, (6, 9), 3) == 255
-        assert void.any()
-        changed = torch.where(void[:, None], p.flip(1), p)
-        q, q_changed = (aggregate_probabilities(f, x, tau=0.3, labels=labels, void_keys=False) for x in (p, changed))
+        unlabelled, affinity = pool_labels(labels, (6, 9), 3) == 255, Affinity(tau=0.3, unlabeled_keys=False)
+        assert unlabelled.any()
+        changed = torch.where(unlabelled[:, None], p.flip(1), p)
+        q, q_changed = (aggregate_probabilities(f, x, affinity, labels=labels) for x in (p, changed))
         torch.testing.assert_close(q, q_changed)
 
-    def test_anchors_say_their_labels(self):
-        """What labelled cells predict has no part in it, and with a large weight hardly anything else has."""
+    @pytest.mark.parametrize("settings", [{"keys": None}, {"keys": 15}, {"include_self": False}], ids=str)
+    def test_queries_in_several_parts(self, settings, monkeypatch):
+        f, p, affinity = maps(8), maps(3, seed=1).softmax(dim=1), Affinity(tau=0.3, **settings)
+        whole = aggregate_probabilities(f, p, affinity)
+        monkeypatch.setitem(aggregation._QUERIES_AT_ONCE, "cpu", 7)  # of 54
+        monkeypatch.setitem(aggregation._SCORES_AT_ONCE, "cpu", 7 * 15)
+        torch.testing.assert_close(aggregate_probabilities(f, p, affinity), whole)
+
+    def test_keys_that_cover_the_grid_are_all_pairs(self):
         f, p = maps(8), maps(3, seed=1).softmax(dim=1)
-        labels = torch.full((2, 24, 36), 255)
-        labels[:, :4, :4], labels[:, -4:, -4:] = 0, 2  # a cell each
-        changed = p.clone()
-        changed[:, :, [0, -1], [0, -1]] = p.flip(1)[:, :, [0, -1], [0, -1]]
-        q, other = (aggregate_probabilities(f, x, tau=0.3, labels=labels, anchor_weight=5.0) for x in (p, changed))
-        torch.testing.assert_close(q, other)
-        q = aggregate_probabilities(f, p, tau=0.3, labels=labels, anchor_weight=1e6)
-        assert q[:, 1].max() < 1e-2
-        void = torch.full_like(labels, 255)
-        without = aggregate_probabilities(f, p, tau=0.3, labels=void, anchor_weight=5.0)
-        torch.testing.assert_close(without, aggregate_probabilities(f, p, tau=0.3))
+        exact = aggregate_probabilities(f, p, Affinity(keys=None))
+        assert torch.equal(aggregate_probabilities(f, p, Affinity(keys=54)), exact)
+        assert not torch.equal(aggregate_probabilities(f, p, Affinity(keys=53)), exact)
 
-    @pytest.mark.parametrize(
-        "options", [{}, {"affinity_stride": 2, "affinity_pooling": "keys"}, {"include_self": False}], ids=str
-    )
-    def test_queries_in_several_parts(self, options, monkeypatch):
-        f, p = maps(8), maps(3, seed=1).softmax(dim=1)
-        whole = aggregate_probabilities(f, p, tau=0.3, **options)
-        monkeypatch.setitem(functional._QUERIES_AT_ONCE, "cpu", 7)  # of 54
-        torch.testing.assert_close(aggregate_probabilities(f, p, tau=0.3, **options), whole)
-
-    def test_the_cap_raises_the_stride(self):
-        f, p = maps(8), maps(3, seed=1).softmax(dim=1)
-        capped = aggregate_probabilities(f, p, tau=0.3, max_affinity_cells=6)  # 3 x 3 blocks of the 6 x 9 cells
-        assert torch.equal(capped, aggregate_probabilities(f, p, tau=0.3, affinity_stride=3))
-        assert torch.equal(
-            aggregate_probabilities(f, p, tau=0.3, max_affinity_cells=54), aggregate_probabilities(f, p, tau=0.3)
-        )
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"pairs": "some"}, "pairs must be one of all, same_class"),
-            ({"affinity_pooling": "queries"}, "affinity_pooling must be one of"),
-            ({"affinity_stride": 0}, "affinity_stride must be at least 1"),
-            ({"max_affinity_cells": 0}, "max_affinity_cells must be at least 1"),
-            ({"propagation_steps": 0}, "propagation_steps must be at least 1"),
-            ({"propagation_weight": 1.2}, "propagation_weight must lie in"),
-            (
-                {"include_self": False, "affinity_pooling": "keys", "affinity_stride": 2},
-                "include_self=False needs affinity_pooling='both'",
-            ),
-            (
-                {"include_self": False, "affinity_pooling": "keys", "max_affinity_cells": 9},
-                "include_self=False needs affinity_pooling='both'",
-            ),
-            ({"pairs": "same_class"}, "needs labels"),
-            ({"anchor_weight": 1.0}, "anchor_weight=1.0 needs labels"),
-            ({"anchor_weight": -1.0}, "anchor_weight must be a number of at least 0, got -1.0"),
-            ({"anchor_weight": math.inf}, "anchor_weight must be"),
-            ({"void_keys": False, "labels": patchy_labels()[:1]}, "needs labels"),
-        ],
-    )
-    def test_refuses_options(self, options, message):
-        with pytest.raises(ValueError, match=message):
-            aggregate_probabilities(maps(8), maps(3), tau=0.3, **options)
-
-    @pytest.mark.parametrize(
-        "options",
-        [
-            "",
-            "labels=labels, pairs='same_class', include_self=False, void_keys=False, anchor_weight=10.0",
-            "affinity_stride=2, affinity_pooling='keys', propagation_steps=2",
-        ],
-    )
-    def test_memory_is_linear_in_the_pixels(self, options):
+    @pytest.mark.parametrize("settings", ["keys=None", "keys=None, pairs='same_class', include_self=False", "steps=2"])
+    def test_memory_is_linear_in_the_pixels(self, settings):
         """N = 16 384: the matrix alone is 1 GiB. In a process of its own, whose peak is its own."""
         script = (
             "import resource, torch\n"
-            "from pals_hf.functional import aggregate_probabilities\n"
+            "from pals_hf.functional import Affinity, aggregate_probabilities\n"
             "f, p = torch.randn(1, 16, 128, 128), torch.randn(1, 3, 128, 128).softmax(1)\n"
             "labels = torch.randint(0, 3, (1, 512, 512))\n"
-            "aggregate_probabilities(f[..., :8, :8], p[..., :8, :8], tau=0.3)\n"
+            "aggregate_probabilities(f[..., :8, :8], p[..., :8, :8])\n"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            f"aggregate_probabilities(f, p, tau=0.3, {options})\n"
+            f"aggregate_probabilities(f, p, Affinity({settings}), labels=labels)\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
         )
         extra = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
         assert extra < 200 * 1024  # KiB
+
+
+class TestAffinity:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"tau": 0.0}, "tau must be positive, got 0.0"),
+            ({"tau": float("nan")}, "tau must be positive, got nan"),
+            ({"temperature": -1.0}, "temperature must be positive"),
+            ({"pairs": "some"}, "pairs must be one of all, same_class, got 'some'"),
+            ({"source": "image"}, "source must be one of classifier_input, before_dropout"),
+            ({"keys": 0}, "keys must be a whole number of at least 1, got 0"),
+            ({"keys": 2.5}, "keys must be a whole number"),
+            ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+            ({"weight": 1.2}, "weight must lie in"),
+            ({"include_self": "false"}, "include_self must be true or false, got 'false'"),
+            ({"taus": 1.0}, "there is no setting 'taus'; the settings are tau, keys, "),
+            ({"tau": "small"}, "holds a value of the wrong type"),
+        ],
+    )
+    def test_refuses(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            Affinity().replace(settings)
+
+    def test_replace(self):
+        assert Affinity().replace({"tau": 0.5, "keys": None}) == Affinity(tau=0.5, keys=None)
+        assert Affinity().replace({}) == Affinity()
+
+    @pytest.mark.parametrize(("keys", "stride"), [(None, 1), (54, 1), (53, 2), (15, 2), (14, 3), (1, 9)])
+    def test_stride_of_keys(self, keys, stride):
+        assert stride_of_keys((6, 9), keys) == stride
 
 
 class TestPoolLabels:
@@ -280,7 +255,7 @@ class TestPoolLabels:
         labels = random_labels(void_share=0.6)
         assert torch.equal(pool_labels(labels, grid, 3), reference.pool_labels(labels, grid, 3))
 
-    def test_blocks_are_those_of_the_cells(self):
+    def test_blocks_of_positions(self):
         """Grid 9 at stride 2: five blocks of 2, 2, 2, 2 and 1 cells, not five even parts."""
         labels = random_labels(void_share=0.6)
         expected = reference.pool_labels(labels, (6, 9), 3, stride=2)
@@ -310,17 +285,17 @@ class TestSoftLabelCrossEntropy:
     @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
     @pytest.mark.parametrize("size", [(6, 9), (24, 36), (25, 31), (5, 4)])
     @pytest.mark.parametrize(
-        ("distill_void", "adaptive"), [(False, False), (True, False), (False, True), (True, True)]
+        ("distill_unlabeled", "adaptive"), [(False, False), (True, False), (False, True), (True, True)]
     )
-    def test_equals_the_formula(self, beta, size, fused, distill_void, adaptive):
+    def test_equals_the_formula(self, beta, size, fused, distill_unlabeled, adaptive):
         logits, aggregated = maps(3) * 3, maps(3, seed=1).softmax(dim=1)
         labels = random_labels(size)
         labels[:, :, -1] = PADDING_INDEX
         expected = reference.soft_label_loss(
-            logits, labels, aggregated, beta, distill_void=distill_void, adaptive=adaptive
+            logits, labels, aggregated, beta, distill_unlabeled=distill_unlabeled, adaptive=adaptive
         )
         loss = soft_label_cross_entropy(
-            logits, labels, aggregated, beta, fused=fused, distill_void=distill_void, adaptive_beta=adaptive
+            logits, labels, aggregated, beta, fused=fused, distill_unlabeled=distill_unlabeled, adaptive_beta=adaptive
         )
         torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
 
@@ -332,14 +307,14 @@ class TestSoftLabelCrossEntropy:
         logits = (maps(classes, (64, 96)) * 3).requires_grad_()
         labels = random_labels(size, classes)
         labels[:, -3:] = PADDING_INDEX if size[0] > 3 else 0
-        arguments = {} if beta is None else {"beta": beta, "distill_void": True, "adaptive_beta": adaptive}
+        arguments = {} if beta is None else {"beta": beta, "distill_unlabeled": True, "adaptive_beta": adaptive}
         if beta is not None:
             arguments["aggregated"] = maps(classes, (64, 96), seed=1).softmax(dim=1)
         results = []
         for fused in (True, False):
             loss, parts = soft_label_cross_entropy(logits, labels, return_parts=True, fused=fused, **arguments)
             results.append((loss, *parts.values(), torch.autograd.grad(loss, logits)[0]))
-            assert parts.keys() == ({"one_hot"} if beta is None else {"one_hot", "aggregated", "void"})
+            assert parts.keys() == ({"one_hot"} if beta is None else {"one_hot", "aggregated", "unlabeled"})
         *values, gradient = results[0]
         *plain_values, plain_gradient = results[1]
         torch.testing.assert_close(values, plain_values, rtol=2e-6, atol=0)
@@ -461,18 +436,18 @@ class TestSoftLabelCrossEntropy:
 
     def test_num_items_with_distillation_are_two(self):
         logits, labels, q = maps(3), random_labels(), maps(3, seed=1).softmax(dim=1)
-        whole = soft_label_cross_entropy(logits, labels, q, 0.3, distill_void=True)
-        counts = count_pixels(labels, distill_void=True)
+        whole = soft_label_cross_entropy(logits, labels, q, 0.3, distill_unlabeled=True)
+        counts = count_pixels(labels, distill_unlabeled=True)
         assert counts.tolist() == [(labels != 255).sum(), (labels == 255).sum()]
         parts = [
             soft_label_cross_entropy(
-                logits[i : i + 1], labels[i : i + 1], q[i : i + 1], 0.3, num_items=counts, distill_void=True
+                logits[i : i + 1], labels[i : i + 1], q[i : i + 1], 0.3, num_items=counts, distill_unlabeled=True
             )
             for i in range(2)
         ]
         torch.testing.assert_close(sum(parts), whole)
-        with pytest.raises(ValueError, match="num_items must be two numbers"):
-            soft_label_cross_entropy(logits, labels, q, 0.3, num_items=7, distill_void=True)
+        with pytest.raises(ValueError, match="num_items must be two numbers, of"):
+            soft_label_cross_entropy(logits, labels, q, 0.3, num_items=7, distill_unlabeled=True)
 
     @pytest.mark.parametrize("size", [(24, 36), (25, 31)])
     def test_beta_zero_is_cross_entropy(self, size):
@@ -562,7 +537,7 @@ class TestSoftLabelCrossEntropy:
     def test_weighted_pixels_on_a_device_without_float64(self, monkeypatch):
         labels, weights = torch.randint(0, 4, (2, 9, 7)), torch.tensor([0.5, 1.0, 2.0, 0.25])
         there = count_pixels(labels, class_weights=weights)
-        monkeypatch.setattr("pals_hf.functional.widest_float", lambda device: torch.float32)
+        monkeypatch.setattr("pals_hf.functional.soft_labels.widest_float", lambda device: torch.float32)
         here = count_pixels(labels, class_weights=weights)
         assert (there.dtype, here.dtype) == (torch.float64, torch.float32)
         assert torch.equal(here.double(), there)  # these weights are exact in both
@@ -602,7 +577,7 @@ class TestSoftLabelCrossEntropy:
         [
             ({"beta": 1.5}, "beta must lie in"),
             ({"beta": -0.1}, "beta must lie in"),
-            ({"beta": 0.5}, "aggregated distribution is needed"),
+            ({"beta": 0.5}, "beta=0.5 needs an aggregated distribution"),
             ({"labels": random_labels()[0]}, "must be"),
             ({"aggregated": maps(4)}, "shape of logits"),
         ],

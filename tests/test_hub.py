@@ -17,7 +17,7 @@ import pytest
 from launching import launcher
 from test_checkpoints import write_checkpoint
 
-from pals_hf.hub import NOT_OF_THE_RUN, RUN_FILES, _matches, _newest_checkpoint, _what_is_left, push_command
+from pals_hf.hub import NOT_OF_THE_RUN, RUN_FILES, _how_to_push, _matches, _newest_checkpoint, push_command
 
 CLIENT = Path(__file__).parent / "hub_client.py"
 IS_REAL = "PALS_HF_TESTS_ON_REAL_HUB" in os.environ
@@ -122,8 +122,8 @@ def test_the_command_to_push_later_names_the_checkpoint(tmp_path, monkeypatch):
     """Whatever the folder is called: `.` is also in the name of the program."""
     monkeypatch.chdir(tmp_path)
     write_checkpoint(tmp_path / "checkpoint-3")
-    said = _what_is_left(Path(), push_command(".", "o/n"))
-    assert said.endswith("push it later with: python examples/push_checkpoint.py checkpoint-3 --repo_id o/n")
+    said = _how_to_push(Path(), push_command(".", "o/n"))
+    assert said.endswith("Push it later with: pals-hf push checkpoint-3 --repo_id o/n")
 
 
 @only_on_loopback
@@ -134,34 +134,34 @@ def test_faults(server, tmp_path):
     sha256, run = results.pop("sha256"), tmp_path / "run"
     assert results.pop("processor").startswith("cannot load the image processor of 'maintainer/c': ")
     assert results.pop("checkpoint") == (
-        "cannot fetch a checkpoint of maintainer/c from the Hub: "
-        "the token may not read maintainer/c (403): it needs the right to read there"
+        "no checkpoint of maintainer/c can be downloaded from the Hub: "
+        "the token has no permission to read maintainer/c (403); use a token with read access"
     )
     names = results.pop("names")
-    assert re.fullmatch(r"maintainer/c gives no id2label\.json \(.+\): give the class names by id2label", names)
+    assert re.fullmatch(
+        r"maintainer/c: id2label\.json cannot be downloaded \(.+\)\. Give the class names with id2label\.", names
+    )
     for what in ("a page for JSON", "500 once", "503", "cut in a large file", "cut while committing"):
         assert results[what]["code"] == 0, results[what]
         repo_id = results[what]["lines"][0].split("/", 3)[3]
         assert hashlib.sha256(server.files(repo_id)["model.safetensors"]).hexdigest() == sha256
         no_token_in(server.files(repo_id))
     assert results["503"]["seconds"] >= 2
+    forbidden = "the token has no permission to write to maintainer/b (403); use a token with write access"
     reasons = {
-        "401": ("a", "the Hub does not accept the token (401): log in with `hf auth login`, or set HF_TOKEN"),
-        "403": ("b", "the token may not write to maintainer/b (403): it needs the right to write there"),
-        "403 for a large file": (
-            "b",
-            "the token may not write to maintainer/b (403): it needs the right to write there",
-        ),
+        "401": ("a", "the Hub does not accept the token (401); log in with `hf auth login`, or set HF_TOKEN"),
+        "403": ("b", forbidden),
+        "403 for a large file": ("b", forbidden),
         "a card it refuses": ("b", "Invalid metadata in README.md. - license must be one of ..."),
-        "500 for long": ("d", "the Hub answered 500: injected 500, 4 times"),
-        "no token": ("h", "there is no token: log in with `hf auth login`, or set HF_TOKEN"),
+        "500 for long": ("d", "the Hub answered 500: injected 500, after 4 attempts"),
+        "no token": ("h", "there is no token; log in with `hf auth login`, or set HF_TOKEN"),
     }
     for what, (name, reason) in reasons.items():
-        later = f"push it later with: python examples/push_checkpoint.py {run} --repo_id maintainer/{name}"
+        later = f"Push them later with: pals-hf push {run} --repo_id maintainer/{name}"
         if what == "401":
             later += " --private --leave_out predictions.png '*.bin'"
         (line,) = results[what]["lines"]
-        assert line == f"error: not pushed to maintainer/{name}: {reason}. Everything is still in {run}; {later}"
+        assert line == f"error: the push to maintainer/{name} failed: {reason}. All files are still in {run}. {later}"
         assert results[what]["code"] == 1
         assert ("model", f"maintainer/{name}") not in server.repositories or not server.files(f"maintainer/{name}")
     assert results["a token in a file"]["code"] == 2
@@ -211,9 +211,9 @@ def test_no_network(tmp_path, replaced):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1] == (
-        "error: not pushed to maintainer/a: the Hub cannot be reached: [Errno 111] Connection refused, 4 times. "
-        "Nothing was trained: mend that, or train without push_to_hub, and push then with: "
-        f"python examples/push_checkpoint.py {tmp_path / 'run'} --repo_id maintainer/a"
+        "error: the push to maintainer/a failed: the Hub cannot be reached: [Errno 111] Connection refused, after 4 "
+        "attempts. Nothing was trained. Fix the problem, or train without push_to_hub and push the run later with: "
+        f"pals-hf push {tmp_path / 'run'} --repo_id maintainer/a"
     )
     assert [path.name for path in tmp_path.glob("run/*")] == replaced
     assert (tmp_path / "run").exists() is bool(replaced)

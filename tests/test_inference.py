@@ -29,7 +29,7 @@ from pals_hf.models import build_image_processor
 
 
 class Local(nn.Module):
-    """A network without context: what it says of a cell depends on the pixels of this cell alone."""
+    """A network without context: the logits at a position depend only on the pixels of this position."""
 
     def __init__(self, stride):
         super().__init__()
@@ -188,7 +188,7 @@ class TestReadPictures:
             "empty.jpg": "the file is empty",
             "cut.jpg": "image file is truncated",
             "text.png": "its format is not known",
-            "deep.png": "images of more than 8 bits a channel",
+            "deep.png": "images with more than 8 bits per channel",
             "none.png": "No such file",
         }
         for name, reason in reasons.items():
@@ -221,10 +221,10 @@ class TestLoading:
             "nowhere": "cannot load the model '.*nowhere': there is no such folder",
             "no_processor": "cannot load the model .*preprocessor_config.json",
             "cut": "cannot load the model .*cut'",
-            "classifier": "no trained segmentation model: it has no weights for decode_head",
-            "other_classes": r"no trained segmentation model: it has no weights for decode_head\.classifier",
+            "classifier": "not a trained segmentation model: it has no weights for decode_head",
+            "other_classes": r"not a trained segmentation model: it has no weights for decode_head\.classifier",
             "language": "cannot load the model .*BertConfig",
-            "one_class": "num_labels=1: at least two",
+            "one_class": "num_labels=1, but at least 2",
         }
         verbosity = logging.get_verbosity()
         for name, reason in reasons.items():

@@ -89,9 +89,9 @@ def test_void_predictions_do_not_matter(pixels):
     ("predictions", "labels", "message"),
     [
         ([0, 1], [0], "same shape"),
-        ([0, 1], [0, 4], "labels must lie in 0..3, found values from 0 to 4"),
-        ([0, 1], [0, -1], "labels must lie"),
-        ([0, 4], [0, 1], "predictions must lie"),
+        ([0, 1], [0, 4], "labels must be in 0..3, but the values are from 0 to 4"),
+        ([0, 1], [0, -1], "labels must be in"),
+        ([0, 4], [0, 1], "predictions must be in"),
     ],
 )
 def test_refuses(predictions, labels, message):

@@ -10,10 +10,12 @@ import pals_hf
 
 def test_public_names():
     assert set(pals_hf.__all__) == {
+        "Affinity",
         "PALSConfig",
         "PALSLoss",
         "PALSTrainer",
         "SegmentationMetrics",
+        "compute_loss_func",
         "load_segmentation_dataset",
         "train_fraction",
     }
@@ -29,6 +31,7 @@ def test_public_names():
     [
         ("import pals_hf", {"torch", "transformers", "datasets", "evaluate"}),
         ("from pals_hf import PALSLoss, SegmentationMetrics", {"transformers", "datasets", "evaluate"}),
+        ("from pals_hf import compute_loss_func", {"evaluate", "datasets", "accelerate", "pals_hf.trainer"}),
         ("from pals_hf import PALSTrainer", {"evaluate", "matplotlib"}),
     ],
 )
@@ -38,7 +41,17 @@ def test_imports_are_light(statement, unwanted):
     assert not unwanted & set(loaded)
 
 
-@pytest.mark.parametrize("module", ["functional", "losses.pals", "metrics", "data.fractions"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "functional.aggregation",
+        "functional.soft_labels",
+        "functional.interpolation",
+        "losses.pals",
+        "metrics",
+        "data.fractions",
+    ],
+)
 def test_docstring_examples(module):
     results = doctest.testmod(importlib.import_module(f"pals_hf.{module}"))
     assert results.attempted > 0

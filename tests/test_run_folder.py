@@ -13,11 +13,10 @@ from test_trainer import config
 
 from pals_hf import PALSLoss, PALSTrainer
 from pals_hf.errors import InputError
-from pals_hf.model_card import loss_settings
 from pals_hf.run_folder import (
-    claimed,
     discard_other_run,
     find_checkpoint,
+    lock_output_dir,
     refuse_other_run,
     refuse_other_training,
 )
@@ -37,27 +36,30 @@ def run_dir(tmp_path):
 
 class TestOneRunAFolder:
     def test_is_kept_from_others_and_given_back(self, tmp_path):
-        with claimed(tmp_path / "run"):
+        with lock_output_dir(tmp_path / "run"):
             with (
                 pytest.raises(InputError, match=f"run is in use by process {os.getpid()} on"),
-                claimed(tmp_path / "run"),
+                lock_output_dir(tmp_path / "run"),
             ):
                 pass
-            with pytest.raises(InputError, match="in use by"), claimed(tmp_path / "run"):  # still
+            with pytest.raises(InputError, match="in use by"), lock_output_dir(tmp_path / "run"):  # still
                 pass
-        with claimed(tmp_path / "run"):
+        with lock_output_dir(tmp_path / "run"):
             pass
 
     def test_a_killed_run_holds_nothing(self, tmp_path):
-        code = f"from pals_hf.run_folder import claimed; import time\nwith claimed({str(tmp_path)!r}): time.sleep(99)"
+        code = (
+            "from pals_hf.run_folder import lock_output_dir; import time\n"
+            f"with lock_output_dir({str(tmp_path)!r}): time.sleep(99)"
+        )
         with subprocess.Popen([sys.executable, "-c", code]) as other:
             deadline = time.time() + 60
             while not list(tmp_path.glob("_lock-owner")) and time.time() < deadline:
                 time.sleep(0.05)
             with pytest.raises(InputError, match=f"in use by process {other.pid} on"):
-                claimed(tmp_path).__enter__()
+                lock_output_dir(tmp_path).__enter__()
             other.kill()
-        with claimed(tmp_path):
+        with lock_output_dir(tmp_path):
             pass
 
 
@@ -69,24 +71,24 @@ class TestOtherTraining:
         return tmp_path / "run"
 
     def test_goes_on_with_the_same_loss(self, tmp_path):
-        options = {"affinity_pooling": "keys", "max_affinity_cells": 500}
+        options = {"affinity": {"keys": 500}, "distill_unlabeled": True}
         refuse_other_training(self.checkpoint(tmp_path, **options), config(tmp_path / "run", **options), None)
 
     @pytest.mark.parametrize(
         ("began", "flag"),
         [
-            ({"affinity_pooling": "keys"}, "--affinity_pooling keys"),
-            ({"max_affinity_cells": 500}, "--max_affinity_cells 500"),
+            ({"affinity": {"keys": 500}}, """--affinity '{"tau": .*"keys": 500,.*}'"""),
+            ({"distill_unlabeled": True}, "--distill_unlabeled True"),
             ({"loss": "ce", "class_weighting": "none"}, "--loss ce"),
         ],
     )
     def test_refuses_another_loss(self, tmp_path, began, flag):
-        with pytest.raises(InputError, match=f"was trained with another loss: go on with {flag}, or begin"):
+        with pytest.raises(InputError, match=rf"was trained with another loss\. Resume it with {flag}, or start"):
             refuse_other_training(self.checkpoint(tmp_path, **began), config(tmp_path / "run"), None)
 
     def test_every_option_of_the_loss_is_compared(self, tmp_path):
         options = inspect.signature(PALSLoss).parameters.keys() - {"ignore_index", "class_weights"}
-        assert options < loss_settings(config(tmp_path)).keys()
+        assert options < config(tmp_path).loss_settings.keys()
 
 
 class TestFindCheckpoint:
@@ -104,13 +106,15 @@ class TestFindCheckpoint:
     def test_none_to_go_on_from(self, run_dir, tmp_path):
         assert self.find("auto", tmp_path / "new") is None
         for resume in ("last", tmp_path / "new", run_dir / "checkpoint-20"):
-            with pytest.raises(InputError, match="there is no complete checkpoint at"):
+            with pytest.raises(InputError, match="there is no complete checkpoint in"):
                 self.find(resume, tmp_path / "new")
 
     def test_a_mistyped_folder_is_not_made(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         for _ in range(2):
-            with pytest.raises(InputError, match="runs/mien: there is no such folder, and cannot fetch a checkpoint"):
+            with pytest.raises(
+                InputError, match="runs/mien: there is no such folder, and no checkpoint of runs/mien can be"
+            ):
                 self.find("runs/mien", "")
         assert not list(tmp_path.rglob("mien"))
 
@@ -121,7 +125,10 @@ class TestOneHistory:
 
     @pytest.mark.parametrize(
         ("checkpoint", "message"),
-        [(None, "already holds a run"), ("checkpoint-5", "holds checkpoint-10, which is not")],
+        [
+            (None, "already holds a run"),
+            ("checkpoint-5", "holds checkpoint-10, but the run would resume from checkpoint-5"),
+        ],
     )
     def test_another_needs_a_word(self, run_dir, checkpoint, message):
         checkpoint = None if checkpoint is None else run_dir / checkpoint
@@ -133,7 +140,7 @@ class TestOneHistory:
     def test_what_others_wrote_is_not_replaced(self, tmp_path, name):
         """A project's own folder, for example, which a card would take the README of."""
         (tmp_path / name).write_text("mine")
-        with pytest.raises(InputError, match=f"holds {name}, of no run: use another folder"):
+        with pytest.raises(InputError, match=f"holds {name}, which no run has written. Use another folder"):
             refuse_other_run(tmp_path, None)
         refuse_other_run(tmp_path, None, overwrite=True)
 
@@ -151,14 +158,14 @@ class TestOneHistory:
     @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
     def test_a_folder_of_others(self, run_dir):
         run_dir.chmod(0o500)
-        with pytest.raises(InputError, match="may not be written to"):
+        with pytest.raises(InputError, match="you have no permission to write to"):
             refuse_other_run(run_dir / "more" / "new", None)
         run_dir.chmod(0o700)
 
     @pytest.mark.parametrize("overwrite", [True, False])
     def test_what_it_goes_on_from_is_gone(self, tmp_path, overwrite):
         (tmp_path / "run").mkdir()
-        with pytest.raises(InputError, match="is gone: another run has taken output_dir"):
+        with pytest.raises(InputError, match="checkpoint-5 does not exist any more: another run has used output_dir"):
             refuse_other_run(tmp_path / "run", tmp_path / "run" / "checkpoint-5", overwrite)
 
     def test_what_is_replaced_goes_and_the_rest_stays(self, run_dir):

@@ -33,11 +33,12 @@ from pals_hf.checkpoints import last_complete_checkpoint
 from pals_hf.data import EvalTransform, TrainTransform, TransformedDataset, collate
 from pals_hf.data.balance import class_weights
 from pals_hf.errors import InputError
-from pals_hf.functional import PADDING_INDEX, upsample
+from pals_hf.functional import PADDING_INDEX, Affinity, upsample
 from pals_hf.inference import predict
 from pals_hf.losses import PRESETS, CrossEntropyLoss
-from pals_hf.models import ClassifierTap, build_image_processor
-from pals_hf.trainer import compute_loss_func
+from pals_hf.models import build_image_processor
+from pals_hf.network_loss import compute_loss_func
+from pals_hf.tap import ClassifierTap
 
 NO_RANDOMNESS = {"classifier_dropout_prob": 0.0, "drop_path_rate": 0.0, "hidden_dropout_prob": 0.0}
 
@@ -147,56 +148,7 @@ class TestTraining:
         for line in lines:
             mixed = 0.6 * line["loss_one_hot"] + 0.4 * line["loss_aggregated"]
             assert line["loss"] == pytest.approx(mixed, rel=1e-5)
-            assert line["beta"] == 0.4
             assert 0 < line["q_entropy"] <= math.log(NUM_LABELS) + 1e-6
-
-    def test_linear_schedule(self, tmp_path):
-        args = config(tmp_path, max_steps=4, beta=0.4, beta_schedule="linear")
-        trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples())
-        trainer.train()
-        assert logged(trainer, "beta") == pytest.approx([0.0, 0.1, 0.2, 0.3])
-
-    def test_cosine_and_warmup_schedules(self, tmp_path):
-        for schedule, expected in (("cosine", [0.0, 0.1, 0.3]), ("warmup", [0.0, 0.4, 0.4])):
-            args = config(tmp_path, beta=0.4, beta_schedule=schedule, beta_warmup=1 / 3, max_steps=3)
-            trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples())
-            trainer.train()
-            assert logged(trainer, "beta") == pytest.approx(expected)
-
-    def test_averaged_teacher(self, tmp_path):
-        """q comes from the average of the weights, which is none of the network's, and moves by 1 - ema_decay."""
-        model = tiny_segformer(**NO_RANDOMNESS)
-        start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        args = config(tmp_path, teacher="ema", ema_decay=0.75, max_steps=2, learning_rate=1e-2, max_grad_norm=1.0)
-        trainer = PALSTrainer(model, args, train_dataset=Examples())
-        weights = [start]
-        trainer.add_callback(
-            OnStepEnd(lambda: weights.append({n: p.detach().clone() for n, p in model.named_parameters()}))
-        )
-        trainer.train()
-        average = dict(trainer._average.module.named_parameters())
-        for name, parameter in average.items():
-            # The first step copies, the second averages.
-            torch.testing.assert_close(parameter, 0.75 * weights[1][name] + 0.25 * weights[2][name])
-        batch = collate([Examples()[index] for index in range(2)])
-        with_average = trainer.compute_loss(model.eval(), batch)
-        trainer._average.module.load_state_dict(model.state_dict())
-        live = trainer.compute_loss(model, batch)
-        assert with_average != live
-        trainer._average = None
-        torch.testing.assert_close(trainer.compute_loss(model, batch), live)
-
-    def test_another_training_has_another_teacher(self, tmp_path):
-        """As in a search: the second training starts from its own model and the arguments it was given."""
-        args = config(tmp_path, teacher="ema", tau=0.3)
-        trainer = PALSTrainer(model_init=lambda: tiny_segformer(), args=args, train_dataset=Examples())
-        trainer.train()
-        first = trainer._average
-        trainer.args.tau = 0.7
-        trainer.train()
-        assert trainer._average is not first
-        assert trainer._average.n_averaged == 1
-        assert trainer.loss_function.affinity["tau"] == 0.7
 
     def test_another_training_starts_from_nothing(self, tmp_path):
         """With its own time and log lines, and what the first one saved is not its own."""
@@ -218,18 +170,18 @@ class TestTraining:
         examples = Examples()
         examples.labels[examples.labels == 255] = -100
         trainer = PALSTrainer(tiny_segformer(), config(tmp_path), train_dataset=examples)
-        with pytest.raises(InputError, match=r"label -100 is none of the classes 0 to 3 and not ignore_index=255"):
+        with pytest.raises(InputError, match=r"label -100 is not one of the classes 0 to 3, nor ignore_index=255"):
             trainer.train()
         PALSTrainer(tiny_segformer(), config(tmp_path, ignore_index=-100), train_dataset=examples).train()
 
-    def test_rehearsal_shows_what_does_not_fit(self, tmp_path):
+    def test_dry_run_shows_errors_before_training(self, tmp_path):
         model = tiny_mobilenet_v2()
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        PALSTrainer(model, config(tmp_path), train_dataset=Examples(size=(64, 64))).rehearse()
+        PALSTrainer(model, config(tmp_path), train_dataset=Examples(size=(64, 64))).dry_run()
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-        args = config(tmp_path, affinity_source="encoder", encoder_stage=99)
+        args = config(tmp_path, affinity={"source": "encoder", "encoder_stage": 99})
         with pytest.raises(InputError, match="encoder_stage 99"):
-            PALSTrainer(model, args, train_dataset=Examples(size=(64, 64))).rehearse()
+            PALSTrainer(model, args, train_dataset=Examples(size=(64, 64))).dry_run()
 
     def test_a_backbone_that_keeps_its_stages_to_itself(self, tmp_path):
         """Those of timm, in transformers."""
@@ -240,44 +192,17 @@ class TestTraining:
             backbone="test_efficientnet", use_pretrained_backbone=False, out_indices=[1, 2, 3, 4]
         )
         network = tiny_upernet(backbone_config=backbone)
-        trainer = PALSTrainer(network, config(tmp_path, affinity_source="encoder"), train_dataset=Examples(2))
-        with pytest.raises(InputError, match="does not give its hidden states"):
-            trainer.rehearse()
+        trainer = PALSTrainer(network, config(tmp_path, affinity={"source": "encoder"}), train_dataset=Examples(2))
+        with pytest.raises(InputError, match="does not return its hidden states"):
+            trainer.dry_run()
 
     def test_padding_is_never_distilled(self, folder, tmp_path):
         data = load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID])
         dataset = TransformedDataset(data.train, TrainTransform(build_image_processor(None), (64, 64)))
-        with pytest.raises(InputError, match="distill_void would learn from padding"):
-            PALSTrainer(tiny_segformer(), config(tmp_path, distill_void=True), train_dataset=dataset)
+        with pytest.raises(InputError, match="distill_unlabeled would learn from padding"):
+            PALSTrainer(tiny_segformer(), config(tmp_path, distill_unlabeled=True), train_dataset=dataset)
 
-    def test_weak_view(self, folder, tmp_path):
-        """q comes from the image without colour jitter, and the pass that makes it leaves no trace."""
-        data, processor = (
-            load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID]),
-            build_image_processor(None),
-        )
-        dataset = TransformedDataset(data.train, TrainTransform(processor, (32, 48), color_jitter=0.9, weak_view=True))
-        batch = collate([dataset[index] for index in range(4)])
-        model = tiny_mobilenet_v2(classifier_dropout_prob=0.0)
-        trainer = PALSTrainer(model, config(tmp_path, teacher_view="weak", beta=1.0), train_dataset=dataset)
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        q = trainer.loss_function.aggregate(*trainer._read_teacher(batch)[1::-1], batch["labels"])
-        assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
-        assert model.training
-        tap = ClassifierTap(model.eval())
-        with tap:
-            model(batch["weak_pixel_values"])
-        features, logits, *_ = tap.read()
-        assert torch.equal(q, trainer.loss_function.aggregate(logits, features, batch["labels"]))
-        with tap:
-            model(batch["pixel_values"])
-        expected = trainer.loss_function(tap.read().logits, batch["labels"], aggregated=q)
-        torch.testing.assert_close(trainer.compute_loss(model, batch), expected)
-        trainer.train()
-        with pytest.raises(InputError, match="weak_view=True"):
-            trainer.compute_loss(model, {name: value for name, value in batch.items() if name != "weak_pixel_values"})
-
-    def test_distilled_void_pixels(self, tmp_path):
+    def test_distilled_unlabelled_pixels(self, tmp_path):
         """Their mean, too, is over the whole batch; padding is in no mean."""
         examples = Examples()
         examples.labels[:, :, :5] = PADDING_INDEX
@@ -286,7 +211,7 @@ class TestTraining:
             torch.manual_seed(0)
             args = config(
                 tmp_path,
-                distill_void=True,
+                distill_unlabeled=True,
                 per_device_train_batch_size=size,
                 gradient_accumulation_steps=4 // size,
                 freeze_batch_norm=True,
@@ -294,7 +219,7 @@ class TestTraining:
             trainer = PALSTrainer(tiny_segformer(**NO_RANDOMNESS), args, train_dataset=examples)
             trainer.train()
             norms += logged(trainer, "grad_norm")
-            assert logged(trainer, "loss_void")[0] > 0
+            assert logged(trainer, "loss_unlabeled")[0] > 0
         assert norms[1] == pytest.approx(norms[0], rel=1e-5)
         batch = collate([examples[index] for index in range(4)])
         counts = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
@@ -333,8 +258,8 @@ class TestTraining:
         trainer.train()
         assert not torch.equal(model.auxiliary_head.classifier.weight, before)
         (loss,), (auxiliary,) = logged(trainer, "loss"), logged(trainer, "loss_auxiliary")
-        (one_hot,), (aggregated,), (beta,) = (logged(trainer, n) for n in ("loss_one_hot", "loss_aggregated", "beta"))
-        assert loss == pytest.approx((1 - beta) * one_hot + beta * aggregated + 0.3 * auxiliary, rel=1e-4)
+        (one_hot,), (aggregated,) = (logged(trainer, name) for name in ("loss_one_hot", "loss_aggregated"))
+        assert loss == pytest.approx(0.5 * one_hot + 0.5 * aggregated + 0.3 * auxiliary, rel=1e-4)
 
     def test_cross_entropy_logs_no_q(self, tmp_path):
         trainer = PALSTrainer(tiny_segformer(), config(tmp_path, loss="ce"), train_dataset=Examples())
@@ -459,16 +384,24 @@ class TestTraining:
             model(pixel_values=batch["pixel_values"])
         features, logits, *_ = tap.read()
         values = PRESETS[preset]
-        q = reference.aggregate(
-            features,
-            (logits.double() / values["temperature"]).softmax(dim=1),
-            values["tau"],
-        )
+        q = reference.aggregate(features, logits.double().softmax(dim=1), values["affinity"])
         assert (q - q.mean(dim=(2, 3), keepdim=True)).abs().max() > 1e-3  # there is something to tell apart
         expected = reference.soft_label_loss(
             logits, batch["labels"], q, values["beta"], adaptive=values["adaptive_beta"]
         )
         loss = PALSTrainer(model, config(tmp_path, preset=preset)).compute_loss(model, batch)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+    def test_self_distillation_compares_nothing(self, tmp_path):
+        """Its q is the prediction itself: at the classifier's grid, as PALS with weight 0."""
+        model, batch = tiny_segformer().eval(), collate([Examples()[index] for index in range(3)])
+        trainer = PALSTrainer(model, config(tmp_path, loss="self_distillation"))
+        loss = trainer.compute_loss(model, batch)
+        with torch.no_grad(), (tap := ClassifierTap(model)):
+            model(pixel_values=batch["pixel_values"])
+        logits = tap.read().logits
+        p = logits.double().softmax(dim=1)
+        expected = reference.soft_label_loss(logits, batch["labels"], p, trainer.args.beta, adaptive=True)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
     @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -609,7 +542,7 @@ class TestEvaluation:
         """Of which one must be named to find the best checkpoint."""
         sets = {"a": Examples(1), "b": Examples(4)}
         args = config(tmp_path, eval_strategy="steps", eval_steps=1)
-        with pytest.raises(InputError, match="of one evaluation set, like a_mean_iou, or None: got mean_iou"):
+        with pytest.raises(InputError, match="must name an evaluation set, like a_mean_iou, or be None, got mean_iou"):
             PALSTrainer(tiny_segformer(), args, train_dataset=Examples(), eval_dataset=sets)
         args.metric_for_best_model = "b_mean_iou"
         trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples(), eval_dataset=sets)
@@ -645,18 +578,13 @@ class Search:
 
     def look(self, trainer):
         """What a training was made with."""
-        backbone, average, (layer,) = trainer.model.segformer, trainer._average, trainer._tap.layers.values()
+        backbone, (layer,) = trainer.model.segformer, trainer._tap.layers.values()
         assert layer is trainer.model.decode_head.classifier
         kernel = next(p for p in backbone.parameters() if p.ndim == 4 and min(p.shape) > 1)
-        share = [torch.zeros(())]
-        if average is not None:
-            average.multi_avg_fn(share, [torch.ones(())], None)
         return {
             "freeze_backbone": not any(parameter.requires_grad for parameter in backbone.parameters()),
             "channels_last": kernel.is_contiguous(memory_format=torch.channels_last),
-            "affinity_source": "before_dropout" if trainer._tap._dropouts else "classifier_input",
-            "teacher": "live" if average is None else "ema",
-            "ema_decay": 1 - share[0].item(),
+            "beta": trainer.loss_function.beta,
             "class_weighting": "none" if trainer.loss_function.class_weights is None else "inverse",
         }
 
@@ -674,7 +602,7 @@ class TestSearch:
 
     @pytest.mark.parametrize(
         ("trial", "message"),
-        [({"beta": 3.0}, "beta must lie in"), ({"preset": "paper"}, "preset is read when a PALSConfig is made")],
+        [({"beta": 3.0}, "beta must lie in"), ({"preset": "paper"}, "a search cannot set preset")],
     )
     def test_refuses_a_trial(self, trial, message, tmp_path):
         with pytest.raises(InputError, match=message):
@@ -684,12 +612,9 @@ class TestSearch:
         """Not those of the one before."""
         data = load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID]).train
         examples = TransformedDataset(data, EvalTransform(build_image_processor(None)))
-        one = {"freeze_backbone": True, "affinity_source": "before_dropout", "teacher": "ema", "ema_decay": 0.75}
-        one |= {"class_weighting": "inverse", "channels_last": True}
-        other = {"freeze_backbone": False, "affinity_source": "classifier_input", "teacher": "ema", "ema_decay": 0.5}
-        other |= {"class_weighting": "none", "channels_last": False}
-        live = {**one, "teacher": "live", "ema_decay": 1.0}
-        trials = [one, other, live]
+        one = {"freeze_backbone": True, "channels_last": True, "beta": 0.25, "class_weighting": "inverse"}
+        other = {"freeze_backbone": False, "channels_last": False, "beta": 0.75, "class_weighting": "none"}
+        trials = [one, other, one]
         assert self.search(tmp_path, examples, trials)[2] == trials
 
     def test_is_for_the_mean_iou_unless_told(self, tmp_path):
@@ -805,8 +730,20 @@ def test_compute_loss_func_with_an_auxiliary_head():
     torch.testing.assert_close(loss, model(**inputs).loss)
 
 
+@pytest.mark.parametrize("source", ["logits", "before_dropout"])
+def test_compute_loss_func_compares_the_features_of_the_affinity(source, tmp_path):
+    """As the trainer does. The dropout of the classifier is not active in evaluation mode."""
+    model, batch = tiny_segformer().eval(), collate([Examples()[index] for index in range(2)])
+    compute = compute_loss_func(PALSLoss(affinity=Affinity(source=source)), model)
+    value = compute(model(batch["pixel_values"]), batch["labels"])
+    trainer = PALSTrainer(model, config(tmp_path, affinity={"source": source}))
+    torch.testing.assert_close(value, trainer.compute_loss(model, batch))
+    with pytest.raises(InputError, match="cannot read hidden states"):
+        compute_loss_func(PALSLoss(affinity=Affinity(source="encoder")), model)
+
+
 def test_compute_loss_func_with_distillation():
-    model, loss = tiny_segformer().eval(), PALSLoss(distill_void=True)
+    model, loss = tiny_segformer().eval(), PALSLoss(distill_unlabeled=True)
     inputs = collate([Examples()[index] for index in range(3)])
     labels = inputs["labels"]
     labels[:, :, :4] = PADDING_INDEX
@@ -818,15 +755,6 @@ def test_compute_loss_func_with_distillation():
 
 
 class TestCheckpoints:
-    def test_a_checkpoint_without_the_average(self, tmp_path):
-        settings = {"save_strategy": "steps", "save_steps": 1}
-        PALSTrainer(tiny_segformer(), config(tmp_path, **settings), train_dataset=Examples()).train()
-        trainer = PALSTrainer(
-            tiny_segformer(), config(tmp_path, **settings, max_steps=2, teacher="ema"), train_dataset=Examples()
-        )
-        with pytest.raises(InputError, match=r"teacher='ema' cannot resume from .*checkpoint-1/average.safetensors"):
-            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-
     def test_a_damaged_checkpoint_and_one_of_another_model(self, tmp_path):
         def trainer(**settings):
             args = config(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
@@ -834,9 +762,9 @@ class TestCheckpoints:
 
         trainer().train()
         checkpoint = last_complete_checkpoint(tmp_path)
-        with pytest.raises(InputError, match=f"cannot load checkpoint {checkpoint}"):
+        with pytest.raises(InputError, match=f"checkpoint {checkpoint} cannot be loaded: "):
             trainer(decoder_hidden_size=32).train(resume_from_checkpoint=str(checkpoint))
         weights = checkpoint / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:1000])
-        with pytest.raises(InputError, match=f"cannot load checkpoint {checkpoint}"):
+        with pytest.raises(InputError, match=f"checkpoint {checkpoint} cannot be loaded: "):
             trainer().train(resume_from_checkpoint=str(checkpoint))

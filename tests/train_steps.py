@@ -31,13 +31,10 @@ LOSSES = {
     "ce": {"loss": "ce"},
     "label smoothing": {"loss": "label_smoothing"},
     "pals, every option": {
-        "pairs": "same_class",
-        "include_self": False,
-        "void_keys": False,
-        "teacher": "ema",
-        "distill_void": True,
-        "affinity_source": "encoder",
+        "affinity": {"pairs": "same_class", "include_self": False, "unlabeled_keys": False, "source": "encoder"},
+        "distill_unlabeled": True,
     },
+    "pals, few keys": {"affinity": {"keys": 6}},
 }
 NETWORKS = {
     "segformer": lambda: tiny_segformer(**NO_RANDOMNESS),
@@ -45,7 +42,7 @@ NETWORKS = {
     "upernet, auxiliary head": lambda: tiny_upernet(**AUXILIARY, auxiliary_in_channels=16),
 }
 RUNS = [(network, loss) for network in ("segformer", "upernet") for loss in ("pals", "ce", "label smoothing")]
-RUNS += [("segformer", "pals, every option"), ("upernet, auxiliary head", "pals")]
+RUNS += [("segformer", "pals, every option"), ("segformer", "pals, few keys"), ("upernet, auxiliary head", "pals")]
 STEPS = 3
 IS_SHARDED = os.environ.get("ACCELERATE_USE_FSDP") == "true"
 

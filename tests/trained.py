@@ -6,7 +6,8 @@ from conftest import tiny_segformer
 from PIL import Image
 from torch import nn
 
-from pals_hf.models import ClassifierTap, build_image_processor
+from pals_hf.models import build_image_processor
+from pals_hf.tap import ClassifierTap
 
 NAMES = {0: "ground", 1: "wall", 2: "sky", 3: "car"}
 

@@ -1,15 +1,14 @@
-"""Data: sources, fractions of the training set, transforms."""
+"""Load, split, check and transform segmentation data."""
 
 from .classes import IGNORE_INDEX, Classes
 from .fractions import FractionManifest, draw_balanced_ids, draw_ids, train_fraction
-from .sources import SegmentationData, SegmentationStream, load_segmentation_dataset, stream_segmentation_dataset
+from .loading import SegmentationData, SegmentationStream, load_segmentation_dataset, stream_segmentation_dataset
 from .streaming import StreamedDataset
-from .transforms import ID, WEAK_VIEW, EvalTransform, TrainTransform, TransformedDataset, collate
+from .transforms import ID, EvalTransform, TrainTransform, TransformedDataset, collate
 
 __all__ = [
     "ID",
     "IGNORE_INDEX",
-    "WEAK_VIEW",
     "Classes",
     "EvalTransform",
     "FractionManifest",

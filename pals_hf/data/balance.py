@@ -1,4 +1,4 @@
-"""Help for rare classes: weights for the loss, and which classes and images are rare."""
+"""Support for rare classes: class weights for the loss, and finding the rare classes."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ WEIGHTINGS = ("none", "inverse", "median_frequency", "effective_number")
 def class_weights(
     class_pixels: Iterable[Iterable[int]], method: str, *, effective_beta: float = 1.0 - 1e-6
 ) -> list[float]:
-    """A weight of each class for the loss, with mean 1 over the labelled pixels.
+    """Compute a weight for each class in the loss, with mean 1 over the labelled pixels.
 
-    With `n_c` the pixels of class c, `n = sum n_c`, and C the classes that occur:
+    With `n_c` the number of pixels of class c, `n = sum n_c`, and C the number of classes that occur:
 
     - `inverse`: `n / (C n_c)`
-    - `median_frequency`: `median(f) / f_c`, with `f_c` the share of c in the labelled pixels of the images that show
-      it (Eigen, Fergus. ICCV 2015)
+    - `median_frequency`: `median(f) / f_c`, with `f_c` the share of class c in the labelled pixels of the images that
+      contain it (Eigen, Fergus. ICCV 2015)
     - `effective_number`: `1 / (1 - b^n_c)`, b = `effective_beta` (Cui et al. Class-Balanced Loss Based on Effective
       Number of Samples. CVPR 2019)
     - `none`: 1
 
-    each scaled so that `sum_c n_c w_c = n`: the learning rate means the same with and without weights. A class that
-    does not occur has weight 1.
+    The weights are scaled so that `sum_c n_c w_c = n`, which keeps the scale of the loss and its gradient. A
+    class that does not occur has weight 1.
 
     Args:
-        class_pixels: for each image its pixels of each class, void left out.
-        method: see above.
-        effective_beta: near 1; `1 / (1 - b)` is the number of pixels from which on more of them add little.
+        class_pixels: for each image, the number of pixels of each class, without unlabelled pixels.
+        method: one of the methods above.
+        effective_beta: the b of `effective_number`, close to 1. Beyond `1 / (1 - b)` pixels, more pixels of a class
+            change its weight little.
 
     Raises:
-        InputError: `method` is none of these, or no pixel is labelled.
+        InputError: `method` is unknown, or no pixel is labelled.
 
     Example:
         >>> class_weights([[3, 1]], "inverse")
@@ -46,7 +47,7 @@ def class_weights(
     pixels = images.sum(axis=0) if images.size else np.zeros(1)
     occurs = pixels > 0
     if not occurs.any():
-        raise InputError("class weights need labelled pixels, there are none")
+        raise InputError("class weights need labelled pixels, but the images have none")
     weights = np.ones_like(pixels)
     if method == "inverse":
         weights[occurs] = pixels.sum() / (occurs.sum() * pixels[occurs])
@@ -61,7 +62,7 @@ def class_weights(
 
 
 def rare_classes(class_pixels: Iterable[Iterable[int]]) -> list[int]:
-    """The classes with less than half of an even share of the labelled pixels, those that occur at all.
+    """Return the classes that occur, but in fewer than `n / (2 C)` of the n labelled pixels, with C classes.
 
     Example:
         >>> rare_classes([[90, 0, 10]])

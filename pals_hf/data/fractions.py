@@ -1,4 +1,4 @@
-"""Fractions of a training set that others can reproduce: seeded, nested, the same on every process and machine."""
+"""Reproducible fractions of a training set: seeded, nested, and the same on every process and machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import InputError
-from ..files import write_whole
+from ..files import atomic_write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,32 +25,33 @@ MANIFEST = "train_fraction.json"  # in a run's folder
 
 
 def order_ids(ids: Iterable[str], seed: int | str = 0) -> list[str]:
-    """Ids in a fixed pseudo-random order: by `sha256(f"{seed}/{id}")`.
+    """Sort ids in a pseudo-random order: by `sha256(f"{seed}/{id}")`.
 
-    It depends on nothing but the ids and the seed - not on their order, the process, the machine or the version of a
-    random number generator.
+    The result depends only on the set of ids and the seed, not on the process, the machine or the version of a random
+    number generator.
 
     Raises:
-        InputError: there are no ids, or one occurs twice.
+        InputError: there are no ids, or an id occurs twice.
     """
     order = sorted(ids, key=lambda identifier: hashlib.sha256(f"{seed}/{identifier}".encode()).digest())
     if not order:
         raise InputError("there are no images to draw a fraction from")
     if len(set(order)) < len(order):
         duplicate = next(first for first, second in pairwise(order) if first == second)
-        raise InputError(f"the id {duplicate!r} occurs more than once, so a fraction is not well defined")
+        raise InputError(f"the id {duplicate!r} occurs more than once. Ids must be unique to draw a fraction.")
     return order
 
 
 def draw_ids(
     ids: Iterable[str], fraction: float | None = None, seed: int | str = 0, *, count: int | None = None
 ) -> list[str]:
-    """Draw a share of ids, at least one, or a number of them: the first of [`order_ids`].
+    """Draw a share or a number of ids: the first ids of [`order_ids`].
 
-    So a smaller fraction is always part of a larger one. A share is `round(fraction * n)` ids, halves up.
+    A smaller fraction is always a subset of a larger fraction. A share of n ids is `round(fraction * n)` ids, rounded
+    half up, but at least one.
 
     Raises:
-        InputError: `fraction` is not in (0, 1], `count` not in 1..n, there are no ids, or an id occurs twice.
+        InputError: `fraction` is not in (0, 1], `count` is not in 1..n, there are no ids, or an id occurs twice.
 
     Example:
         >>> draw_ids(["a", "b", "c", "d"], 0.5)
@@ -68,16 +69,19 @@ def draw_balanced_ids(
     *,
     count: int | None = None,
 ) -> list[str]:
-    """Draw so that every class is present as early as possible, and the rare ones again and again.
+    """Draw ids greedily, so that every class appears early and rare classes are over-represented.
 
-    Greedy: of the classes that have been drawn the fewest times, take the one that the fewest remaining images show,
-    and of its images the one that shows most classes of that kind (the first of [`order_ids`], if several do). A
-    smaller draw is always the beginning of a larger one. Libraries for multi-label stratification cut a set into
-    parts of given sizes, which are not nested, so none is used here.
+    Each step looks at the classes that have been drawn the fewest times. Among them, it takes the class that the
+    fewest remaining images contain, and of its images the one with most of these classes (ties: the order of
+    [`order_ids`]). A smaller draw is always the beginning of a larger draw. Multi-label stratification, as in other
+    libraries, divides a set into parts of given sizes, which are not nested.
 
     Args:
         ids, fraction, seed, count: as in [`draw_ids`].
-        class_pixels: for every id its pixels of each class.
+        class_pixels: for every id, the number of pixels of each class.
+
+    Raises:
+        InputError: as in [`draw_ids`].
 
     Example:
         >>> draw_balanced_ids(["a", "b", "c"], [[9, 0], [9, 0], [0, 9]], count=2)
@@ -109,10 +113,10 @@ def draw_balanced_ids(
 
 def _number(available: int, fraction: float | None, count: int | None) -> int:
     if (fraction is None) == (count is None):
-        raise InputError("give either a fraction or a count of images")
+        raise InputError("exactly one of fraction and count must be given")
     if count is not None:
         if not 1 <= count <= available:
-            raise InputError(f"train_count must lie between 1 and the {available} images there are, got {count}")
+            raise InputError(f"train_count must be between 1 and {available} (the number of images), got {count}")
         return count
     if not 0.0 < fraction <= 1.0:
         raise InputError(f"train_fraction must be above 0 and at most 1, got {fraction}")
@@ -120,31 +124,32 @@ def _number(available: int, fraction: float | None, count: int | None) -> int:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """SHA-256 of what is in a data set, whatever the machine and the order: its ids and the hashes of its contents."""
+    """Hash the ids and the contents of a data set with SHA-256, independent of the machine and the order."""
     columns = [name for name in ("id", "image_sha256", "labels_sha256") if name in dataset.column_names]
     rows = sorted(zip(*(dataset[name] for name in columns), strict=True))
     return hashlib.sha256(json.dumps([columns, rows]).encode()).hexdigest()
 
 
 def cache_key(dataset: Dataset) -> str:
-    """What a cache is named by: [`fingerprint`], and what `datasets` knows of the order and of other columns."""
+    """Return a key for caches: [`fingerprint`], and the fingerprint of `datasets` for the order and other columns."""
     return f"{fingerprint(dataset)} {dataset._fingerprint}"
 
 
 @dataclass(frozen=True)
 class FractionManifest:
-    """The record of a drawn fraction: what to publish so that others train on the same images.
+    """The record of a drawn fraction. Publish it to let others train on the same images.
 
     Attributes:
-        dataset: the name of the data set.
-        fingerprint: of the images it was drawn from, see [`fingerprint`].
-        method: `random`, `balanced`, or `list` for ids that were given.
-        fraction: the share of the images that it holds.
-        seed: the seed of the draw, None for a list.
-        available: the number of images it was drawn from.
-        ids: the images, in the order of the draw.
-        class_pixels: pixels of each class in them, by class name, `void` last; empty where they were not counted.
-        sha256: of all that, so that a change shows.
+        dataset: name of the data set.
+        fingerprint: [`fingerprint`] of the data set that the fraction was drawn from.
+        method: `random`, `balanced`, or `list` for a given list of ids.
+        fraction: share of the data set, above 0 and at most 1.
+        seed: seed of the draw, or None for a list.
+        available: number of images in the data set.
+        ids: ids of the drawn images, in the order of the draw.
+        class_pixels: class name to number of pixels in the drawn images, with `void` for unlabelled pixels last. Empty
+            if pixels were not counted.
+        sha256: hash of the other fields, to detect changes.
     """
 
     dataset: str
@@ -177,20 +182,26 @@ class FractionManifest:
         name: str = "",
         id2label: dict[int, str] | None = None,
     ) -> FractionManifest:
-        """Draw from a data set with an `id` column, and for `balanced` a column `class_pixels`.
+        """Draw a fraction of a data set.
 
         Args:
-            dataset: as [`load_segmentation_dataset`] gives it.
-            fraction, count: the share of the images, or their number.
-            seed: another seed is another, independent draw.
+            dataset: column `id`, and for `balanced` also `class_pixels`, as returned by
+                [`load_segmentation_dataset`].
+            fraction, count: give one: the share of the images, or their number.
+            seed: seed of the draw. Draws of different seeds are independent.
             method: `random` ([`draw_ids`]) or `balanced` ([`draw_balanced_ids`]).
             name, id2label: name of the data set and of its classes, for the record.
+
+        Raises:
+            InputError: as in [`draw_ids`], or `method` is unknown, or the column `class_pixels` is missing.
         """
         if method not in METHODS:
-            raise InputError(f"split_method must be one of {METHODS}, got {method!r}")
+            raise InputError(f"fraction_method must be one of {', '.join(METHODS)}, got {method!r}")
         if method == "balanced":
             if "class_pixels" not in dataset.column_names:
-                raise InputError("a balanced fraction needs a column class_pixels, as load_segmentation_dataset gives")
+                raise InputError(
+                    "a balanced fraction needs the column class_pixels. Load the data with load_segmentation_dataset."
+                )
             labelled = [row[:-1] for row in dataset["class_pixels"]]
             ids = draw_balanced_ids(dataset["id"], labelled, fraction, seed, count=count)
         else:
@@ -217,13 +228,13 @@ class FractionManifest:
         name: str = "",
         id2label: dict[int, str] | None = None,
     ) -> FractionManifest:
-        """Read a manifest that [`save`] wrote or, with its `dataset`, a published list of images.
+        """Read a manifest that [`save`] wrote or, if `dataset` is given, a published list of images.
 
-        A list has one image a line: its id, its path, or the paths of image and mask. What is before the image's name
-        and Cityscapes' ending `_leftImg8bit` do not matter, where the rest says which image is meant.
+        A list has one image per line: its id, its path, or the paths of image and mask. Folders before the image's
+        name and Cityscapes' ending `_leftImg8bit` are ignored if the rest identifies the image.
 
         Raises:
-            InputError: there is no such file, it is neither, it was changed, or it names an unknown image.
+            InputError: the file cannot be read, was changed after it was written, or lists an unknown image.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -232,8 +243,8 @@ class FractionManifest:
         if not text.lstrip().startswith(("{", "[")):
             if dataset is None:
                 raise InputError(
-                    f"{path} is not a readable fraction manifest; a list of images needs all of them, which a stream "
-                    "has not"
+                    f"{path} is not a readable fraction manifest. A list of images needs a data set that is not "
+                    "streamed."
                 )
             ids = _ids_of_list(text, dataset["id"], path)
             return cls._of(dataset, ids, "list", None, name, id2label)
@@ -244,27 +255,27 @@ class FractionManifest:
         if not isinstance(manifest.ids, list) or not manifest.ids:
             raise InputError(f"{path} is not a readable fraction manifest: ids must be a list, got {manifest.ids!r}")
         if manifest.sha256 != replace(manifest, sha256="").sha256:
-            raise InputError(f"{path} was changed after it was written: its sha256 does not fit the rest")
+            raise InputError(f"{path} was changed after it was written: its sha256 does not match its contents")
         return manifest
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the manifest as JSON, complete or not at all."""
-        write_whole(Path(path), json.dumps(asdict(self), indent=2) + "\n")
+        """Write the manifest as JSON, atomically."""
+        atomic_write_text(Path(path), json.dumps(asdict(self), indent=2) + "\n")
 
     def refuse_other(self, path: str | os.PathLike, *pools: Dataset) -> None:
-        """Make sure that the manifest, read from `path`, was drawn from one of these sets of images.
+        """Make sure that the manifest, which was read from `path`, was drawn from one of the data sets `pools`.
 
         Raises:
-            InputError: their ids or contents are others, so that the record would be of images that are not these.
+            InputError: the ids or the contents of the images differ, so the manifest describes other images.
         """
         if self.fingerprint not in map(fingerprint, pools):
             raise InputError(
-                f"{path} was drawn from other images, {self.available} of {self.dataset or 'a data set'}: their ids "
-                "or contents differ from these. To train on images of the same names give a text file of these"
+                f"{path} was drawn from other images ({self.available} images of {self.dataset or 'a data set'}), "
+                "whose ids or contents differ. To train on images with the same ids, give a text file with the ids."
             )
 
     def select(self, dataset: Dataset) -> Dataset:
-        """The images of the manifest, in the order of the data set.
+        """Return the images of the manifest, in the order of the data set.
 
         Raises:
             InputError: an image of the manifest is not in the data set.
@@ -279,7 +290,7 @@ class FractionManifest:
 
 
 def _ids_of_list(text: str, known: Iterable[str], path: str | os.PathLike) -> list[str]:
-    """The ids that the lines of a published list mean."""
+    """Return the ids that the lines of a published list refer to."""
     meant: dict[str, list[str]] = {}
     for identifier in known:
         for key in {identifier, PurePosixPath(identifier).name}:
@@ -290,16 +301,16 @@ def _ids_of_list(text: str, known: Iterable[str], path: str | os.PathLike) -> li
             continue
         found = next((meant[key] for key in _names_in(line.strip()) if key in meant), [])
         if len(found) != 1:
-            why = "is not in the data set" if not found else f"may be {found[0]!r} or {found[1]!r}"
-            raise InputError(f"{path}, line {number}: {line.strip()!r} {why}")
+            reason = "is not in the data set" if not found else f"matches both {found[0]!r} and {found[1]!r}"
+            raise InputError(f"{path}, line {number}: {line.strip()!r} {reason}")
         ids[found[0]] = None
     if not ids:
-        raise InputError(f"{path} names no images")
+        raise InputError(f"{path} lists no images")
     return list(ids)
 
 
 def _names_in(line: str) -> Iterable[str]:
-    """What a line may call its image, the most exact first: the line itself may be an id with spaces in it."""
+    """Yield the ids that a line may refer to, the most exact id first. The line may be an id that contains spaces."""
     for text in (line, re.split(r"[\s,]+", line)[0]):
         path = PurePosixPath(text)
         without_suffix = path.with_suffix("") if path.name else path
@@ -309,14 +320,14 @@ def _names_in(line: str) -> Iterable[str]:
 
 
 def train_fraction(dataset: Dataset, fraction: float, seed: int = 0) -> Dataset:
-    """Keep a share of the training images, at least one: seeded, nested, the same everywhere.
+    """Keep a random share of the training images, at least one image.
 
-    Nested means that the images of 10 % are among those of 30 %, and these among those of 50 %.
+    Fractions are nested: the images of 10 % are a subset of those of 30 %. They are the same on every machine.
 
     Args:
-        dataset: a data set with an `id` column of unique strings, as [`load_segmentation_dataset`] returns it.
-        fraction: the share to keep, above 0 and at most 1.
-        seed: another seed is another draw.
+        dataset: a data set with an `id` column of unique strings, as returned by [`load_segmentation_dataset`].
+        fraction: share to keep, above 0 and at most 1.
+        seed: seed of the draw.
 
     Raises:
         InputError: `fraction` is out of range, or the ids are not unique.

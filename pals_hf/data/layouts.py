@@ -1,4 +1,4 @@
-"""Folders of images and masks as people have them: found by what they contain, listed as (id, image, mask)."""
+"""Folders of images and masks: recognise the layout of a folder, and list its pairs as (id, image, mask)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
 _IMAGE_FOLDERS = ("images", "imgs", "image", "img")
 _MASK_FOLDERS = ("masks", "labels", "annotations", "mask")
-_MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_gt", "_L")  # behind the image's name
+_MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_gt", "_L")  # after the image's name
 
 
 class Record(NamedTuple):
@@ -27,12 +27,12 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """What a folder turned out to be.
+    """The contents of a folder.
 
     Attributes:
-        name: for people.
-        splits: `train`, and where there are such, `validation` and `test` (whose records have no masks).
-        catalog_name: the entry of the catalog that names its classes, or None.
+        name: name of the data set.
+        splits: the records of `train`, and if available of `validation` and `test` (which has no masks).
+        catalog_name: catalog entry with the class names, or None.
     """
 
     name: str
@@ -41,13 +41,13 @@ class Layout:
 
 
 def read_layout(root: str | Path) -> Layout:
-    """Recognise a folder and list its images.
+    """Recognise the layout of a folder and list its images.
 
-    Cityscapes, Pascal VOC2012, ADE20K and CamVid (in SegNet's split) as they are downloaded; else images and masks of
-    matching names, see [`read_folder`].
+    Known layouts are Cityscapes, Pascal VOC2012, ADE20K and CamVid (in SegNet's split) as downloaded. Any other folder
+    must hold images and masks of matching names, see [`read_folder`].
 
     Raises:
-        InputError: it is no folder, or something in it is missing or does not fit.
+        InputError: the folder does not exist, or an image, a mask or a list is missing or does not match.
     """
     root = Path(root)
     if not root.is_dir():
@@ -59,11 +59,11 @@ def read_layout(root: str | Path) -> Layout:
     return read_folder(root)
 
 
-# ---- The known ones ----
+# ---- Known data sets ----
 
 
 def read_cityscapes(root: Path) -> Layout:
-    """`leftImg8bit/SPLIT/CITY/*_leftImg8bit.png` and `gtFine/SPLIT/CITY/*_gtFine_labelIds.png`."""
+    """Read `leftImg8bit/SPLIT/CITY/*_leftImg8bit.png` and `gtFine/SPLIT/CITY/*_gtFine_labelIds.png`."""
     splits = {}
     for split, name in (("train", "train"), ("validation", "val"), ("test", "test")):
         folder = root / "leftImg8bit" / name
@@ -79,9 +79,9 @@ def read_cityscapes(root: Path) -> Layout:
 
 
 def read_voc2012(root: Path) -> Layout:
-    """`JPEGImages/ID.jpg`, `SegmentationClass/ID.png`, `ImageSets/Segmentation/{train,val,test}.txt`.
+    """Read `JPEGImages/ID.jpg`, `SegmentationClass/ID.png`, `ImageSets/Segmentation/{train,val,test}.txt`.
 
-    Where the SBD-augmented `trainaug.txt` and `SegmentationClassAug` are present, they are the training split.
+    If the SBD-augmented `trainaug.txt` and `SegmentationClassAug` exist, they are the training split.
     """
     lists, name = root / "ImageSets" / "Segmentation", "Pascal VOC2012"
     masks, augmented = root / "SegmentationClass", root / "SegmentationClassAug"
@@ -105,13 +105,13 @@ def read_voc2012(root: Path) -> Layout:
 
 
 def read_ade20k(root: Path) -> Layout:
-    """`images/{training,validation}/*.jpg` and `annotations/{training,validation}/*.png`."""
+    """Read `images/{training,validation}/*.jpg` and `annotations/{training,validation}/*.png`."""
     layout = read_folder(root)
     return Layout("ADE20K", layout.splits, "ade20k")
 
 
 def read_camvid(root: Path) -> Layout:
-    """`train/*.png` and `trainannot/*.png`, the same for `val` and `test`: CamVid in SegNet's split."""
+    """Read `train/*.png` and `trainannot/*.png`, and the same for `val` and `test`: CamVid in SegNet's split."""
     splits = {}
     for split, name in (("train", "train"), ("validation", "val"), ("test", "test")):
         if (root / name).is_dir():
@@ -132,12 +132,12 @@ _KNOWN: list[tuple[Callable[[Path], Layout], tuple[str, ...], tuple[str, ...]]] 
 
 
 def read_folder(root: Path) -> Layout:
-    """Images and masks of matching names: `SPLIT/images` and `SPLIT/masks`, or `images/SPLIT` and `masks/SPLIT`, or
-    `images` and `masks` without splits.
+    """Read images and masks of matching names.
 
-    Folders may be nested. A mask has its image's path and name, perhaps followed by `_mask`, `_label`, `_labels`,
-    `_gt` or `_L`, and another suffix. Usual other names of the folders (`labels`, `annotations`, `imgs`, `valid`,
-    `testing`, ...) are known too. A `test` split needs no masks, and none are read.
+    The folders are `SPLIT/images` and `SPLIT/masks`, or `images/SPLIT` and `masks/SPLIT`, or `images` and `masks`
+    without splits. Other common names (`labels`, `annotations`, `imgs`, `valid`, `testing`, ...) work, too. Folders
+    may be nested. A mask has the path and name of its image, optionally followed by `_mask`, `_label`, `_labels`,
+    `_gt` or `_L`, and any suffix. Masks of a `test` split are not read.
     """
     splits = {}
     for split, names in _SPLITS.items():
@@ -148,14 +148,14 @@ def read_folder(root: Path) -> Layout:
         splits["train"] = _pair(*flat)
     if "train" not in splits:
         raise InputError(
-            f"{root} has no images: expected train/images and train/masks, or images/train and masks/train, "
-            "or images and masks"
+            f"{root} has no images. It must contain train/images and train/masks, images/train and masks/train, or "
+            "images and masks."
         )
     return Layout(root.resolve().name, splits)
 
 
 def _find_pair(root: Path, split: str) -> tuple[Path, Path] | None:
-    """The folders of images and masks of a split; that of the masks may be missing."""
+    """Return the folders of a split's images and masks. The folder of masks may not exist."""
     for images in _IMAGE_FOLDERS:
         for folder, other in (((root / split / images), (root / split)), (root / images / split, None)):
             if folder.is_dir():
@@ -165,31 +165,33 @@ def _find_pair(root: Path, split: str) -> tuple[Path, Path] | None:
 
 
 def _pair(images: Path, masks: Path | None) -> list[Record]:
-    """The images of a folder with their masks; every mask must have its image, too."""
+    """Match the images and masks of two folders. Every image must have a mask, and every mask an image."""
     pictures = _files_below(images)
     if not pictures:
         raise InputError(f"{images} has no images")
     if masks is None:
         return [Record(name, path, None) for name, path in pictures.items()]
     if not masks.is_dir():
-        raise InputError(f"{masks} is not a folder: the masks of {images} are missing")
+        raise InputError(f"{masks} is not a folder. It must contain the masks of {images}.")
     candidates = _files_below(masks)
     records = []
     for name, image in pictures.items():
         found = next((name + ending for ending in _MASK_ENDINGS if name + ending in candidates), None)
         if found is None:
-            raise InputError(f"{image} has no mask: {masks / name}.png is missing")
+            raise InputError(f"{image} has no mask. Add {masks / name}.png.")
         records.append(Record(name, image, candidates.pop(found)))
     for path in candidates.values():
-        raise InputError(f"{path} has no image in {images}")
+        raise InputError(f"{path} has no image in {images}. Add the image, or remove the mask.")
     for record in records:
         if record.labels.suffix.lower() in (".jpg", ".jpeg"):
-            raise InputError(f"{record.labels}: masks must be PNG, a lossy format changes their values")
+            raise InputError(
+                f"{record.labels}: a mask must not be a JPEG, because that format changes its values. Save it as PNG."
+            )
     return records
 
 
 def _files_below(folder: Path, endings: tuple[str, ...] = _IMAGE_SUFFIXES) -> dict[str, Path]:
-    """Pictures in a folder and the folders in it, by their path without suffix, sorted."""
+    """List the images in a folder and its subfolders by their path without suffix, sorted."""
     found: dict[str, Path] = {}
     for place, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -199,7 +201,7 @@ def _files_below(folder: Path, endings: tuple[str, ...] = _IMAGE_SUFFIXES) -> di
                 continue
             key = path.relative_to(folder).with_suffix("").as_posix()
             if key in found:
-                raise InputError(f"{path} and {found[key]} share a name: which one is meant?")
+                raise InputError(f"{path} and {found[key]} have the same name. Rename or remove one of them.")
             found[key] = path
     return dict(sorted(found.items()))
 
@@ -216,27 +218,27 @@ def _read_ids(path: Path) -> list[str]:
 
 
 def _below(folder: Path, name: str, source: Path) -> Path:
-    """A path that a list of names gives, which must not lead out of its folder."""
+    """Return the path of a name that a list file contains, which must be inside the folder."""
     path = Path(os.path.normpath(folder / name))
     if not path.is_relative_to(os.path.normpath(folder)):
-        raise InputError(f"{source}: {name!r} leads out of {folder}")
+        raise InputError(f"{source}: {name!r} is outside of {folder}. Remove the line.")
     return path
 
 
 def _existing(path: Path, wanted_by: Path) -> Path:
     if not path.is_file():
-        raise InputError(f"{path} is missing: {wanted_by} needs it")
+        raise InputError(f"{path} is missing, but {wanted_by} needs it")
     return path
 
 
 def _with_train(splits: dict[str, list[Record]], place: Path) -> dict[str, list[Record]]:
     if not splits.get("train"):
-        raise InputError(f"{place} is missing or empty: there is nothing to train on")
+        raise InputError(f"{place} is missing or empty, so there are no training images")
     return {name: records for name, records in splits.items() if records}
 
 
 def to_columns(records: Iterable[Record]) -> dict[str, list[str | None]]:
-    """Records as the columns `id`, `image` and `labels` of paths."""
+    """Return records as the columns `id`, `image` and `labels`, the latter two with paths."""
     ids, images, labels = zip(*records, strict=True)
     return {
         "id": list(ids),

@@ -1,4 +1,4 @@
-"""Training images at the size they are trained at, kept on disk, so that no epoch decodes and shrinks them again."""
+"""Cache training images at their training size on disk, so that no epoch has to decode and resize them again."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
 
-_FORMAT = 1  # of what is stored: raise it when that changes
+_FORMAT = 1  # of the cached images: increase it when they change
 
 
 def cache_resized(dataset: Dataset, processor: BaseImageProcessor, num_proc: int | None = None) -> Dataset:
-    """The data set with images and masks resized once, as [`TrainTransform`] would do it every time.
+    """Resize images and masks once, exactly as [`TrainTransform`] would resize them in every epoch.
 
-    They are kept uncompressed, 4 bytes a pixel, in the cache folder of `datasets`, under a name made from their
-    contents and size. Training sees the same pixels as without.
+    They are stored without compression, 4 bytes per pixel, in the cache folder of `datasets`. The name of the cache
+    file is a hash of their contents and size.
 
     Args:
-        dataset: columns `image` and `labels`, as [`load_segmentation_dataset`] gives it.
+        dataset: columns `image` and `labels`, as returned by [`load_segmentation_dataset`].
         processor: image processor of the model, which must resize.
-        num_proc: processes that resize.
+        num_proc: number of processes.
 
     Raises:
         InputError: the image processor does not resize.
     """
     if not processor.do_resize:
-        raise InputError("cache_images keeps images at the size they are trained at: give an image_size")
+        raise InputError("cache_images needs an image processor that resizes. Set image_size.")
     meaning = f"resized {_FORMAT} {cache_key(dataset)} {processor.size} {processor.resample}"
     cache = cache_file(meaning)
     return dataset.map(
@@ -66,7 +66,7 @@ def _resize_pair(example: dict[str, Any], resize: v2.Resize) -> dict[str, Any]:
 
 
 def _uncompressed(picture: PILImage.Image) -> dict[str, Any]:
-    """In a format that takes no time to decode."""
+    """Encode a picture in a format that is fast to decode."""
     buffer = io.BytesIO()
     picture.save(buffer, format="ppm")
     return {"bytes": buffer.getvalue(), "path": None}

@@ -1,4 +1,4 @@
-"""Data sets that are read as they come, because they do not fit on the disk."""
+"""Data sets that are read on the fly, because they do not fit on the disk."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ SHUFFLE_BUFFER = 256  # encoded images
 class StreamedDataset(IterableDataset):
     """A stream of images and masks with a transform.
 
-    What it yields are [`PendingExample`]s, which the collator loads. So Accelerate can deal them out to processes, and
-    each process decodes its own alone. Workers of a DataLoader share the shards (files) of the stream. Every pair is
-    checked when it comes.
+    The stream yields [`PendingExample`]s, which the collator loads. So Accelerate can distribute examples to
+    processes, and each process decodes only its own. Workers of a DataLoader share the shards (files) of the stream.
+    Every pair is checked when it is read.
 
     Args:
         stream: columns `id`, `image` and `labels`, the latter two encoded.
-        classes: what the masks mean.
+        classes: meaning of the mask values.
         transform: called as `transform(image, labels)`, seeded by (seed, epoch, id).
         seed: seed of the transform and of the order.
-        shuffle: mix the order, anew in every epoch, in a buffer of some hundred images.
-        repeat: begin the next epoch at the end of one, for training: a trainer knows the epochs of a stream neither
-            when it resumes nor when it accumulates batches. So to `Trainer` the run is a single one.
-        ids: keep only these. Without workers a pass that does not find them all raises `InputError` at its end.
-        skip_bad_samples: leave out what is wrong instead of raising `InputError`. Every process decodes every image
-            then, because all must agree on the order.
+        shuffle: shuffle in every epoch, with a buffer of 256 images.
+        repeat: continue with the next epoch at the end of one, for training. `Trainer` then sees a single long epoch,
+            because it cannot count the epochs of a stream when it resumes or accumulates gradients.
+        ids: keep only these images. Without workers, a pass that does not find all of them raises `InputError` at its
+            end.
+        skip_bad_samples: skip samples that fail a check, instead of raising `InputError`. Every process then decodes
+            every image, because all processes must agree on the order.
     """
 
     def __init__(
@@ -60,17 +61,18 @@ class StreamedDataset(IterableDataset):
         self.ids = None if ids is None else frozenset(ids)
         self.skip_bad_samples = skip_bad_samples
         self.multiple_of = 1
-        # In shared memory, so that persistent workers see the epoch change.
+        # In shared memory, so that persistent workers see a change of the epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Announce the epoch: another epoch has another order and sees other crops."""
+        """Set the epoch, which determines the order and the crops."""
         self._epoch.fill_(epoch)
 
     def complete_to(self, multiple_of: int) -> None:
-        """Have the stream of each worker end with examples without labels, up to a multiple of this.
+        """Pad the stream of each worker with unlabelled examples, to a multiple of this number.
 
-        Accelerate would repeat images to give every process as many, and in evaluation these would count twice.
+        Otherwise, Accelerate would repeat images to give all processes the same number, and evaluation would count
+        these images twice.
         """
         self.multiple_of = multiple_of
 
@@ -89,7 +91,7 @@ class StreamedDataset(IterableDataset):
 
     def _wanted(self, epoch: int) -> Iterator[dict[str, Any]]:
         stream = self.stream
-        if self.shuffle:  # not by its own set_epoch: workers may be in different epochs
+        if self.shuffle:  # not by the stream's own set_epoch, because workers may be in different epochs
             generator = np.random.default_rng([self.seed, epoch])
             stream = stream.shuffle(generator=generator, buffer_size=SHUFFLE_BUFFER)
         missing = set(self.ids or ())
@@ -103,9 +105,9 @@ class StreamedDataset(IterableDataset):
                 except InputError:
                     continue
             yield row
-        if missing and get_worker_info() is None:  # a worker sees a part of the stream
+        if missing and get_worker_info() is None:  # a worker sees only a part of the stream
             number = f"{len(missing)} of {len(self.ids)}"
-            raise InputError(f"{number} images that the stream is to keep are not in it, like {min(missing)!r}")
+            raise InputError(f"{number} selected images are not in the stream, e.g. {min(missing)!r}")
 
     def load(self, row: dict[str, Any], epoch: int, is_filler: bool) -> dict[str, Tensor | str]:
         """Decode, check and transform one example."""

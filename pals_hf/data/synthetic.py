@@ -1,7 +1,8 @@
-"""The built-in data set: small generated street scenes, deterministic from a seed, made in seconds.
+"""The built-in data set: small street scenes, generated from a seed within seconds.
 
-Eight classes with a long tail (poles and persons are rare), textures that overlap between classes, occlusion, camera
-noise and a void frame: enough to see a network learn and overfit where no data can be fetched. Not a benchmark.
+The scenes have eight classes with a long tail (poles and persons are rare), textures that overlap between classes,
+occlusion, camera noise and an unlabelled frame. A network can learn them and overfit on them without any download.
+They are not a benchmark.
 """
 
 import numpy as np
@@ -12,11 +13,11 @@ SKY, BUILDING, ROAD, SIDEWALK, VEGETATION, CAR, PERSON, POLE = range(len(CLASSES
 VOID = 255
 SIZE = (96, 128)
 NUM_IMAGES = {"train": 200, "validation": 50}
-_FRAME = 2  # width of the void border in pixels
+_FRAME = 2  # width of the unlabelled border in pixels
 
 
 def generate_split(split: str) -> list[tuple[str, Image.Image, Image.Image]]:
-    """All scenes of `train` or `validation` as (id, RGB image, mask with class indices and 255 for void)."""
+    """Generate the scenes of `train` or `validation` as (id, RGB image, mask of class indices, 255 for unlabelled)."""
     return [
         (f"{split}-{index:04d}", *generate_scene((0, list(NUM_IMAGES).index(split), index)))
         for index in range(NUM_IMAGES[split])
@@ -24,13 +25,13 @@ def generate_split(split: str) -> list[tuple[str, Image.Image, Image.Image]]:
 
 
 def generate_scene(seed: tuple[int, ...]) -> tuple[Image.Image, Image.Image]:
-    """One scene of `SIZE`: an RGB image and its mask, a function of the seed alone."""
+    """Generate an RGB image of `SIZE` and its mask, which depend only on the seed."""
     scene = _Scene(np.random.default_rng(seed))
     scene.paint_background()
     for paint in (scene.paint_tree, scene.paint_pole):
         for _ in range(scene.rng.integers(0, 4)):
             paint()
-    # Far things first, so that near ones cover them.
+    # Distant objects first, so that near objects cover them.
     for depth in np.sort(scene.rng.random(scene.rng.integers(1, 5))):
         scene.paint_car(depth)
     for depth in np.sort(scene.rng.random(scene.rng.integers(0, 4))):
@@ -39,7 +40,7 @@ def generate_scene(seed: tuple[int, ...]) -> tuple[Image.Image, Image.Image]:
 
 
 class _Scene:
-    """A picture and its mask, painted with the same strokes."""
+    """An image and its mask, painted with the same shapes."""
 
     def __init__(self, rng: np.random.Generator):
         self.rng = rng
@@ -79,7 +80,7 @@ class _Scene:
                 self.paint_building(x, width)
             x += width
         middle = [(self.vanishing, self.horizon), ((left + right) / 2, bottom)]
-        if self.rng.random() < 0.6:  # lane marking: looks different, is road
+        if self.rng.random() < 0.6:  # lane markings look different, but belong to the road
             self.paint("line", middle, ROAD, (205, 205, 200))
 
     def paint_building(self, x: int, width: int) -> None:
@@ -104,7 +105,7 @@ class _Scene:
     def paint_pole(self) -> None:
         x, base = self.rng.uniform(0, self.width), self.horizon + self.rng.uniform(3, 18)
         top = self.rng.uniform(2, self.horizon * 0.6)
-        self.paint("rectangle", [x, top, x + self.rng.integers(1, 3), base], POLE, self.grey(60, 150))
+        self.paint("rectangle", [x, top, x + self.rng.integers(3, 6), base], POLE, self.grey(60, 150))
 
     def paint_car(self, depth: float) -> None:
         y = self.horizon + 4 + depth * (self.height - self.horizon - 8)
@@ -121,7 +122,7 @@ class _Scene:
 
     def paint_person(self, depth: float) -> None:
         y = self.horizon + 6 + depth * (self.height - self.horizon - 10)
-        height = 7 + 16 * depth
+        height = 14 + 22 * depth
         side = self.rng.choice([-1, 1])
         x = self.vanishing + side * self.rng.uniform(0.12, 0.2 + 0.25 * depth) * self.width
         width, head = height * 0.16, height * 0.12
@@ -133,7 +134,7 @@ class _Scene:
         )
 
     def photograph(self) -> Image.Image:
-        """The picture as a camera sees it: texture, uneven light, blur and sensor noise."""
+        """Return the image with texture, uneven light, blur and sensor noise."""
         shape = (self.height, self.width, 1)
         pixels = np.asarray(self.image, dtype=np.float64)
         pixels += self.rng.normal(0, 1, shape) * 14
@@ -143,7 +144,7 @@ class _Scene:
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
     def label(self) -> Image.Image:
-        """The mask, with the frame that no annotator labels set to void."""
+        """Return the mask, with an unlabelled frame."""
         mask = np.full((self.height, self.width), VOID, dtype=np.uint8)
         inside = (slice(_FRAME, -_FRAME), slice(_FRAME, -_FRAME))
         mask[inside] = np.asarray(self.mask)[inside]

@@ -1,4 +1,4 @@
-"""Pictures and masks to tensors: joint augmentation for training, nothing but the image processor for evaluation."""
+"""Images and masks to tensors: joint augmentation for training, only the image processor for evaluation."""
 
 from __future__ import annotations
 
@@ -24,28 +24,26 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
 
-WEAK_VIEW = "weak_pixel_values"
-ID = "id"  # key of an example's id in what a data set gives, and of the ids of a batch
+ID = "id"  # key of the id in an example, and of the ids in a batch
 
 
 class TrainTransform:
     """Random scale, crop, flip and colour jitter of an image and its mask, then the image processor's normalisation.
 
-    Padding of small images is the mean colour in the image and `padding_index` in the mask.
+    Images that are smaller than the crop are padded with the mean colour, and their masks with `padding_index`.
 
     Args:
-        processor: image processor of the model. It resizes first, if it resizes at all, and normalises last, exactly
-            as for evaluation.
+        processor: image processor of the model. It resizes before the augmentation, if it resizes, and normalises
+            after it, exactly as in evaluation.
         crop_size: (height, width) of the training crops.
-        scale_range: the image is resized by a random factor from this range before the crop.
+        scale_range: (low, high) of the random factor by which the image is resized before the crop.
         color_jitter: strength of random brightness, contrast and saturation, 0 to 1.
-        padding_index: label of padding: the ignore index, or [`functional.PADDING_INDEX`] for losses that must tell
-            it from void pixels of the image.
-        weak_view: also give `weak_pixel_values`, the same crop without colour jitter.
-        rare_classes: classes that the next two options favour, see [`balance.rare_classes`].
-        rare_crop: probability that a crop is laid around a pixel of a rare class, where the image has one.
+        padding_index: label of padding: the ignore index, or [`functional.PADDING_INDEX`] for losses that distinguish
+            padding from unlabelled pixels of the image.
+        rare_classes: class indices that the next two options favour, see [`balance.rare_classes`].
+        rare_crop: probability that a crop contains a chosen pixel of a rare class, if the image has a rare class.
         copy_paste: probability that the rare classes of a second image are pasted over the crop (Ghiasi et al. Simple
-            Copy-Paste. CVPR 2021); [`TransformedDataset`] gives the second image.
+            Copy-Paste. CVPR 2021). [`TransformedDataset`] passes the second image.
     """
 
     def __init__(
@@ -55,13 +53,11 @@ class TrainTransform:
         scale_range: tuple[float, float] = (0.75, 1.5),
         color_jitter: float = 0.3,
         padding_index: int = IGNORE_INDEX,
-        weak_view: bool = False,
         rare_classes: Sequence[int] = (),
         rare_crop: float = 0.0,
         copy_paste: float = 0.0,
     ):
         self.processor = processor
-        self.weak_view = weak_view
         self.padding_index = padding_index
         self.rare_classes = torch.tensor(rare_classes, dtype=torch.int16)
         self.copy_paste = copy_paste if len(rare_classes) else 0.0
@@ -84,11 +80,14 @@ class TrainTransform:
         self.jitter = v2.ColorJitter(brightness=color_jitter, contrast=color_jitter, saturation=color_jitter)
 
     def __call__(self, image: Image, labels: Image, donor: tuple[Image, Image] | None = None) -> dict[str, Tensor]:
-        """Tensors for training: `pixel_values` float32 `(3, H, W)`, `labels` int64 `(H, W)`, perhaps the weak view.
+        """Return `pixel_values`, float32 `(3, H, W)`, and `labels`, int64 `(H, W)`.
 
         Args:
-            image, labels: a picture and its mask of class indices.
-            donor: another such pair, whose rare classes are pasted over the crop.
+            image, labels: an image and its mask of class indices.
+            donor: a second image and mask, whose rare classes are pasted over the crop.
+
+        Raises:
+            InputError: the image processor changes the size of the crop.
         """
         picture, mask = self._crop(image, labels)
         if donor is not None:
@@ -96,10 +95,8 @@ class TrainTransform:
             pasted = torch.isin(other_mask, self.rare_classes)
             picture = tv_tensors.Image(torch.where(pasted, other_picture, picture))
             mask = tv_tensors.Mask(torch.where(pasted, other_mask, mask))
-        views = {"pixel_values": self._process(self.jitter(picture), mask.shape)}
-        if self.weak_view:
-            views[WEAK_VIEW] = self._process(picture, mask.shape)
-        return {**views, "labels": mask.as_subclass(Tensor).long()}
+        pixel_values = self._process(self.jitter(picture), mask.shape)
+        return {"pixel_values": pixel_values, "labels": mask.as_subclass(Tensor).long()}
 
     def _crop(self, image: Image, labels: Image) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         return self.geometry(tv_tensors.Image(image.convert("RGB")), tv_tensors.Mask(np.array(labels, dtype=np.int16)))
@@ -110,19 +107,19 @@ class TrainTransform:
         if pixel_values.shape[1:] != size:
             raise InputError(
                 f"{type(self.processor).__name__} changes the size of a crop from {tuple(size)} to "
-                f"{tuple(pixel_values.shape[1:])}: build it by build_image_processor"
+                f"{tuple(pixel_values.shape[1:])}. Create it with build_image_processor."
             )
         return pixel_values
 
 
 def resize_of(processor: BaseImageProcessor) -> v2.Resize:
-    """The resize of an image processor, for an image and its mask at once. Nothing for an image of that size."""
+    """Return the resize of an image processor as a transform of an image and its mask."""
     interpolation = pil_torch_interpolation_mapping[processor.resample]
     return v2.Resize((processor.size["height"], processor.size["width"]), interpolation)
 
 
 class EvalTransform:
-    """The image as the image processor makes it; the mask at its own size, never resized or padded.
+    """Apply the image processor to the image, and keep the mask at its own size, without resizing or padding.
 
     Args:
         processor: image processor of the model.
@@ -137,7 +134,7 @@ class EvalTransform:
 
 
 class RandomScale(v2.Transform):
-    """Resize an image and its mask by one random factor, drawn evenly between `low` and `high`."""
+    """Resize an image and its mask by the same random factor, uniform between `low` and `high`."""
 
     def __init__(self, low: float, high: float):
         super().__init__()
@@ -153,15 +150,15 @@ class RandomScale(v2.Transform):
 
 
 class RareClassCrop(v2.RandomCrop):
-    """A random crop that, with some probability, is laid around a pixel of one of the rare classes of the mask.
+    """A random crop that, with some probability, contains a random pixel of a rare class of the mask.
 
-    Of these classes one is drawn, each as likely as the others, and of its pixels one.
+    The class is drawn uniformly from the rare classes in the mask, and the pixel uniformly from its pixels.
 
     Args:
         size: (height, width) of the crop.
         rare_classes: class indices, int16.
-        probability: 0 is a plain random crop.
-        kwargs: what [`~torchvision.transforms.v2.RandomCrop`] takes.
+        probability: probability of the crop around a rare class. 0 is a plain random crop.
+        kwargs: arguments of [`~torchvision.transforms.v2.RandomCrop`].
     """
 
     def __init__(self, size: tuple[int, int], rare_classes: Tensor, probability: float, **kwargs: Any):
@@ -190,14 +187,15 @@ class RareClassCrop(v2.RandomCrop):
 
 
 class TransformedDataset(Dataset):
-    """A data set with a transform, whose randomness is a function of (seed, epoch, index) and of nothing else.
+    """A data set with a transform whose randomness depends only on (seed, epoch, index).
 
-    So the number of workers and processes, and a resume in the middle of an epoch, do not change what is seen.
+    Training therefore sees the same crops with any number of workers and processes, and after a resume in the middle
+    of an epoch.
 
     Args:
-        dataset: a data set with the columns `image` and `labels`.
-        transform: called as `transform(image, labels)`; a [`TrainTransform`] with `copy_paste` also gets a `donor`,
-            one of the images that show a rare class (the data set has a column `class_pixels` then).
+        dataset: a data set with the columns `image` and `labels`, and for `copy_paste` also `class_pixels`.
+        transform: called as `transform(image, labels)`. A [`TrainTransform`] with `copy_paste` is also passed a
+            `donor`, an image with a rare class.
         seed: seed of the transform's randomness.
     """
 
@@ -207,7 +205,7 @@ class TransformedDataset(Dataset):
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
-        # In shared memory, so that persistent workers see the epoch change.
+        # In shared memory, so that persistent workers see a change of the epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._copy_paste = getattr(transform, "copy_paste", 0.0)
         self._donors: list[int] = []
@@ -217,7 +215,7 @@ class TransformedDataset(Dataset):
             self._donors = [index for index, row in enumerate(rows) if any(row[label] for label in rare)]
 
     def set_epoch(self, epoch: int) -> None:
-        """Announce the epoch: another epoch sees other crops."""
+        """Set the epoch, which determines the crops."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -229,15 +227,15 @@ class TransformedDataset(Dataset):
             if self._donors and torch.rand(()) < self._copy_paste:
                 other = self.dataset[self._donors[int(torch.randint(len(self._donors), ()))]]
                 donor = [(other["image"], other["labels"])]
-            views = self.transform(example["image"], example["labels"], *donor)
-        return {**views, ID: example[ID]} if ID in example else views
+            tensors = self.transform(example["image"], example["labels"], *donor)
+        return {**tensors, ID: example[ID]} if ID in example else tensors
 
 
 @contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
-    """Torch's randomness as a function of `parts`; close ones are unrelated. Outside all is as it was."""
+    """Seed torch's CPU generator with a hash of `parts`, and restore its state afterwards."""
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: that seeds every device, and is slower than the transform.
+        # torch.manual_seed would seed every device, which is slower than the transform.
         digest = hashlib.sha256(repr(parts).encode()).digest()
         torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little"))
         yield
@@ -246,13 +244,13 @@ def seeded(*parts: int | str) -> Iterator[None]:
 def collate(
     examples: list[dict[str, Any] | Any], with_ids: bool = False
 ) -> dict[str, Tensor | list[Tensor] | list[str]]:
-    """Stack a batch; what differs in size stays a list, because padding would change pooling and attention.
+    """Stack a batch. Tensors of different sizes stay a list, because padding would change pooling and attention.
 
-    Examples of a [`StreamedDataset`] are loaded here, in the process that wants them.
+    Examples of a [`StreamedDataset`] are loaded here, in the process that uses them.
 
     Args:
-        examples: of a [`TransformedDataset`] or [`StreamedDataset`].
-        with_ids: keep their ids, as a list of strings under `id`. A model would not know what to do with it.
+        examples: examples of a [`TransformedDataset`] or [`StreamedDataset`].
+        with_ids: keep the ids, as a list of strings under `id`, which a model does not accept.
     """
     examples = [example if isinstance(example, dict) else example.load() for example in examples]
     batch = {key: [example[key] for example in examples] for key in examples[0]}

@@ -1,8 +1,8 @@
 """Losses for semantic segmentation, one a file, all called `loss(logits, labels, features=None, num_items=None)`."""
 
-from .base import SegmentationLoss
+from .base import LossOutput, SegmentationLoss
 from .cross_entropy import CrossEntropyLoss
 from .label_smoothing import LabelSmoothingLoss
 from .pals import PRESETS, PALSLoss
 
-__all__ = ["PRESETS", "CrossEntropyLoss", "LabelSmoothingLoss", "PALSLoss", "SegmentationLoss"]
+__all__ = ["PRESETS", "CrossEntropyLoss", "LabelSmoothingLoss", "LossOutput", "PALSLoss", "SegmentationLoss"]

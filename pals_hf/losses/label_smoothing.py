@@ -1,12 +1,12 @@
-"""Uniform label smoothing: the simplest soft label, and the baseline PALS has to beat."""
+"""Uniform label smoothing: the simplest soft label, and the baseline that PALS has to beat."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..functional import soft_label_cross_entropy
-from .base import SegmentationLoss
+from .base import LossOutput, SegmentationLoss
 
 
 class LabelSmoothingLoss(SegmentationLoss):
@@ -23,12 +23,11 @@ class LabelSmoothingLoss(SegmentationLoss):
         Szegedy et al. Rethinking the Inception Architecture for Computer Vision. CVPR 2016.
 
     Inputs:
-        `loss(logits, labels, features=None, num_items=None)`: logits `(B, C, h, w)`, labels `(B, H, W)`; `features`
-        are not used; `num_items` replaces the number of labelled pixels as the divisor.
+        `loss(logits, labels, features=None, num_items=None)`: see [`SegmentationLoss.compute`]. `features` are not
+        used.
 
-    Attributes:
-        parts: detached scalars of the last call: `one_hot` and `uniform`, the cross-entropies with the label and with
-            the uniform distribution.
+    Parts:
+        `one_hot` and `uniform`, the cross-entropies with the label and with the uniform distribution.
 
     Raises:
         ValueError: `smoothing` is outside [0, 1].
@@ -45,15 +44,19 @@ class LabelSmoothingLoss(SegmentationLoss):
             raise ValueError(f"smoothing must lie in [0, 1], got {smoothing}")
         self.smoothing = smoothing
 
-    def forward(
+    def compute(
         self,
         logits: Tensor,
         labels: Tensor,
         features: Tensor | None = None,
         num_items: Tensor | int | None = None,
-    ) -> Tensor:
+        *,
+        resize: Callable[[Tensor], Tensor] | None = None,
+    ) -> LossOutput:
+        logits = logits if resize is None else resize(logits)
+        # In float32: bfloat16 cannot represent 1 / C, and the shares of all classes would not sum to one.
         uniform = logits.new_full((), 1.0 / logits.shape[1], dtype=torch.float32).expand_as(logits)
-        loss, parts = soft_label_cross_entropy(
+        value, parts = soft_label_cross_entropy(
             logits,
             labels,
             uniform,
@@ -63,8 +66,7 @@ class LabelSmoothingLoss(SegmentationLoss):
             return_parts=True,
             class_weights=self.class_weights,
         )
-        self.parts = {"one_hot": parts["one_hot"], "uniform": parts["aggregated"]}
-        return loss
+        return LossOutput(value, {"one_hot": parts["one_hot"], "uniform": parts["aggregated"]})
 
     def extra_repr(self) -> str:
         return f"smoothing={self.smoothing}, ignore_index={self.ignore_index}"

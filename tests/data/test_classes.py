@@ -39,7 +39,9 @@ def test_colours(tmp_path_factory, colors, data):
 
 def test_a_class_cannot_be_255(tmp_path):
     names = {0: "background", 128: "road", 255: "car"}
-    with pytest.raises(InputError, match=r"id2label: 'car' has the value 255, which is always void: .*palette file"):
+    with pytest.raises(
+        InputError, match=r"id2label: 'car' has the value 255, which always means no label.*palette file"
+    ):
         Classes.from_names(names)
     # What the message says to do.
     path = tmp_path / "palette.json"

@@ -115,22 +115,24 @@ def test_a_changed_manifest_is_refused(dataset, tmp_path):
 @pytest.mark.parametrize(("count", "method"), [(0, "random"), (368, "random"), (-1, "balanced")])
 def test_refuses_a_count_out_of_range(dataset, count, method):
     dataset = dataset.add_column("class_pixels", [[1, 1, 0]] * len(IDS))
-    with pytest.raises(InputError, match=f"train_count must lie between 1 and the 367 images there are, got {count}"):
+    with pytest.raises(
+        InputError, match=rf"train_count must be between 1 and 367 \(the number of images\), got {count}"
+    ):
         FractionManifest.draw(dataset, count=count, method=method)
 
 
 def test_by_count(dataset):
     assert FractionManifest.draw(dataset, count=37).ids == draw_ids(IDS, 0.1)
-    with pytest.raises(InputError, match="either a fraction or a count"):
+    with pytest.raises(InputError, match="exactly one of fraction and count"):
         FractionManifest.draw(dataset, 0.1, count=37)
-    with pytest.raises(InputError, match="either a fraction or a count"):
+    with pytest.raises(InputError, match="exactly one of fraction and count"):
         FractionManifest.draw(dataset)
 
 
 def test_methods(dataset):
-    with pytest.raises(InputError, match="split_method must be one of"):
+    with pytest.raises(InputError, match="fraction_method must be one of random, balanced, got"):
         FractionManifest.draw(dataset, 0.1, method="best")
-    with pytest.raises(InputError, match="needs a column class_pixels"):
+    with pytest.raises(InputError, match="needs the column class_pixels"):
         FractionManifest.draw(dataset, 0.1, method="balanced")
 
 
@@ -220,8 +222,8 @@ class TestPublishedLists:
         path = tmp_path / "labeled.txt"
         for line, message in (
             ("dusk", r"line 1: 'dusk' is not in the data set"),
-            ("7", "may be 'day/7' or 'night/7'"),
-            ("", "names no images"),
+            ("7", "matches both 'day/7' and 'night/7'"),
+            ("", "lists no images"),
         ):
             path.write_text(line)
             with pytest.raises(InputError, match=message):

@@ -62,7 +62,7 @@ class TestCityscapes:
     def test_missing_mask(self, root):
         path = root / "gtFine" / "val" / "frankfurt" / "frankfurt_000001_000019_gtFine_labelIds.png"
         path.unlink()
-        with pytest.raises(InputError, match=f"{path.name} is missing: .*frankfurt_000001_000019_leftImg8bit.png"):
+        with pytest.raises(InputError, match=f"{path.name} is missing, but .*frankfurt_000001_000019_leftImg8bit.png"):
             load_segmentation_dataset(dataset_dir=root)
 
     def test_without_train(self, root):
@@ -95,14 +95,14 @@ class TestVOC2012:
         data_sets.scene([0, 1])[0].save(secret)
         path = tmp_path / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "train.txt"
         path.write_text("../../secret\n")
-        with pytest.raises(InputError, match=r"train\.txt: '../../secret\.jpg' leads out of .*JPEGImages"):
+        with pytest.raises(InputError, match=r"train\.txt: '../../secret\.jpg' is outside of .*JPEGImages"):
             load_segmentation_dataset(dataset_dir=tmp_path)
 
     def test_a_list_with_an_unknown_image(self, tmp_path):
         data_sets.voc2012(tmp_path)
         path = tmp_path / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt"
         path.write_text("2007_999999\n")
-        with pytest.raises(InputError, match=r"2007_999999\.jpg is missing: .*val\.txt needs it"):
+        with pytest.raises(InputError, match=r"2007_999999\.jpg is missing, but .*val\.txt needs it"):
             load_segmentation_dataset(dataset_dir=tmp_path)
 
 
@@ -188,9 +188,9 @@ class TestAnyFolder:
     @pytest.mark.parametrize(
         ("content", "part"),
         [
-            ('{"a": [0, 0, 0], "b": [0, 0, 0]}', r"the colour \(0, 0, 0\) of 'b' is also that of another class"),
+            ('{"a": [0, 0, 0], "b": [0, 0, 0]}', r"'b' has the colour \(0, 0, 0\) of another class"),
             ('{"a": [0, 0, 256], "b": [0, 0, 0]}', r"\[0, 0, 256\] is not a colour"),
-            ('{"a": [0, 0, 0], "void": [1, 1, 1]}', "2 to 255 classes, it names 1"),
+            ('{"a": [0, 0, 0], "void": [1, 1, 1]}', "2 to 255 classes, but it names 1"),
             ("[[0, 0, 0], [1, 1, 1]]", "must map class names to colours"),
             ("{", "not readable JSON"),
         ],
@@ -202,7 +202,7 @@ class TestAnyFolder:
             load_segmentation_dataset(dataset_dir=root)
 
     def test_palette_with_void_labels(self, tmp_path):
-        with pytest.raises(InputError, match="without id2label or void_labels"):
+        with pytest.raises(InputError, match="combined with id2label or void_labels"):
             load_segmentation_dataset(dataset_dir=data_sets.color_folder(tmp_path / "mine"), void_labels=[3])
 
     def test_without_splits(self, tmp_path):

@@ -1,11 +1,17 @@
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from pals_hf.data import TrainTransform, TransformedDataset, load_segmentation_dataset, resizing
-from pals_hf.data.degrade import label_by_clicks
 from pals_hf.errors import InputError
 from pals_hf.models import build_image_processor
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+from degraded_labels import label_by_clicks
 
 
 def test_training_sees_the_same_pixels(folder, monkeypatch):
@@ -34,5 +40,5 @@ def test_the_cache_tells_masks_apart(lost, folder):
 
 def test_needs_a_size(folder):
     data = load_segmentation_dataset(dataset_dir=folder, void_labels=[11]).train
-    with pytest.raises(InputError, match="give an image_size"):
+    with pytest.raises(InputError, match="Set image_size"):
         resizing.cache_resized(data, build_image_processor(None))

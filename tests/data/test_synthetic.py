@@ -21,7 +21,7 @@ def test_a_split_is_a_usable_data_set():
     shares = np.bincount(masks[masks != VOID], minlength=len(CLASSES)) / (masks != VOID).sum()
     assert len(shares) == len(CLASSES)
     assert (shares > 0).all()
-    assert shares.min() < 0.02 < 0.15 < shares.max()  # a long tail
+    assert shares.min() < 0.03 < 0.15 < shares.max()  # a long tail
 
 
 def test_splits_share_no_scene():

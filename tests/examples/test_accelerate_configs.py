@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from conftest import RAW_VOID
 from launching import launch
 
-RECORDER = Path(__file__).parent / "record_ranks.py"
+RECORDER = Path(__file__).parents[1] / "cli" / "record_ranks.py"
 FOLDER = Path(__file__).parents[2] / "examples" / "accelerate_configs"
 KINDS = {
     "cpu": (DistributedType.NO, 1),

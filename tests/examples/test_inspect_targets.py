@@ -1,4 +1,4 @@
-"""What PALS would learn from, of a tiny network."""
+"""The targets of PALS beside the predictions of a tiny network."""
 
 import json
 import sys
@@ -15,10 +15,11 @@ from trained import save_checkpoint
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import inspect_targets
-import run_seg_pals
-from run_seg_pals import OneLineParser
 
 from pals_hf import load_segmentation_dataset
+from pals_hf.cli.arguments import TrainArguments
+from pals_hf.cli.parser import OptionParser
+from pals_hf.cli.train_data import load_data
 from pals_hf.inference import load_for_inference, predict
 from pals_hf.metrics import SegmentationMetrics
 
@@ -37,17 +38,13 @@ def look(folder, model, output, *more):
 
 
 def test_scores(folder, model, tmp_path):
-    """The own prediction is what `predict` says; an affinity that is sharp enough changes nothing of it."""
-    flags = ["--sources", "classifier_input", "--taus", "0.0001", "1", "--temperatures", "1", "2", "--validation"]
+    """Self-distillation is the prediction itself, and so is an affinity that is sharp enough."""
+    flags = ["--taus", "0.0001", "1", "--keys", "0", "6", "--without_self", "--validation"]
     rows, printed = look(folder, model, tmp_path / "out", *flags)
-    assert [(row["source"], row["tau"], row["temperature"]) for row in rows] == [
-        ("own prediction", None, 1.0),
-        ("own prediction", None, 2.0),
-        ("classifier_input", 0.0001, 1.0),
-        ("classifier_input", 0.0001, 2.0),
-        ("classifier_input", 1.0, 1.0),
-        ("classifier_input", 1.0, 2.0),
+    assert [(row["weight"], row["tau"], row["keys"], row["include_self"]) for row in rows[1:]] == [
+        (1.0, tau, keys, own) for tau in (0.0001, 1.0) for keys in (None, 6) for own in (True, False)
     ]
+    assert rows[0]["weight"] == 0
     network, processor = load_for_inference(model, "cpu")
     hits, metrics = [], SegmentationMetrics(network.config.num_labels)
     for row in load_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID]).validation:
@@ -55,51 +52,41 @@ def test_scores(folder, model, tmp_path):
         mask = predict(network, processor, [row["image"]])[0].mask.numpy()
         hits.append((mask == truth)[truth != 255])
         metrics.update(torch.from_numpy(mask), torch.from_numpy(truth))
-    assert rows[0]["hits"] == pytest.approx(np.concatenate(hits).mean(), abs=0.01)
+    assert rows[0]["accuracy"] == pytest.approx(np.concatenate(hits).mean(), abs=0.01)
     assert rows[0]["mean_iou"] == pytest.approx(metrics.compute()["mean_iou"], abs=0.01)
-    for name in ("hits", "mean_iou", "nll", "entropy"):
-        assert rows[2][name] == pytest.approx(rows[0][name], abs=0.01)
-        assert abs(rows[4][name] - rows[0][name]) > (0.0 if name == "mean_iou" else 0.01)
-    assert rows[1]["entropy"] > rows[0]["entropy"]
-    assert "truths" not in rows[0]
-    assert "own prediction" in printed
+    sharp, wide = rows[1], rows[5]  # both with all pairs
+    for name in ("accuracy", "mean_iou", "nll", "entropy"):
+        assert sharp[name] == pytest.approx(rows[0][name], abs=0.01)
+        assert abs(wide[name] - rows[0][name]) > (0.0 if name == "mean_iou" else 0.01)
+    assert "self-distillation" in printed
     assert Image.open(tmp_path / "out" / "targets.png").width > 4 * 48
 
 
-def test_wrong_labels(folder, model, tmp_path):
-    flags = ["--label_noise", "0.5", "--train_count", "4", "--taus", "0.1", "--sources", "encoder", "logits"]
-    rows, printed = look(folder, model, tmp_path / "out", *flags)
-    assert all(0 <= row["truths"] <= 1 for row in rows)
-    assert {row["source"] for row in rows} == {"own prediction", "encoder", "logits"}
-    assert "right without a right label" in printed
+def test_sources_and_another_image_size(folder, model, tmp_path):
+    flags = ["--train_count", "3", "--taus", "0.1", "--sources", "encoder", "logits"]
+    rows, _ = look(folder, model, tmp_path / "out", *flags)
+    assert [row["source"] for row in rows[1:]] == ["encoder", "logits"]
+    larger, _ = look(folder, model, tmp_path / "larger", *flags, "--image_size", "64", "96")
+    assert larger[0]["nll"] != rows[0]["nll"]
 
 
-def test_sparse_labels(folder, model, tmp_path):
-    """Anchors that outweigh all else, compared as sharply as can be: what is labelled is right."""
-    flags = ["--label_clicks", "5000", "--taus", "0.0001", "--temperatures", "1", "--sources", "logits"]
-    rows, printed = look(folder, model, tmp_path / "out", *flags, "--anchor_weights", "0", "100", "--train_count", "4")
-    assert [row["anchor_weight"] for row in rows] == [0.0, 0.0, 100.0]
-    assert rows[2]["hits"] > max(0.9, rows[1]["hits"])
-    assert "anchors" in printed
-
-
-def test_looks_at_the_images_a_training_would_take(folder, model):
-    """With the same flags, those about what is drawn and left out among them."""
+def test_uses_the_images_that_a_training_would_use(folder, model):
+    """With the same flags, also those for the fraction and for skipped images."""
     (folder / "train" / "images" / "street 0.jpg").write_bytes(b"")
     for mask in (folder / "train" / "masks").iterdir():
-        if mask.stem != "street 6":  # the only one with a car, which the balanced draw takes
+        if mask.stem != "street 6":  # the only one with a car, which the balanced fraction contains
             labels = np.array(Image.open(mask))
             Image.fromarray(np.where(labels == 3, 0, labels)).save(mask)
     flags = ["--dataset_dir", folder, "--void_labels", RAW_VOID, "--train_count", 3, "--skip_bad_samples", "True"]
-    looked_at = []
+    seen = []
     for method in ("random", "balanced"):
-        both = [*map(str, flags), "--split_method", method]
-        (args,) = OneLineParser(inspect_targets.TargetArguments).parse_args_into_dataclasses(both)
-        pictures = [image for image, _, _ in inspect_targets.read_pairs(args)]
-        (args,) = OneLineParser(run_seg_pals.ScriptArguments).parse_args_into_dataclasses(both)
-        assert pictures == run_seg_pals.load_data(args)[0].train["image"][:]
-        looked_at.append(pictures)
-    assert looked_at[0] != looked_at[1]
+        both = [*map(str, flags), "--fraction_method", method]
+        (args,) = OptionParser(inspect_targets.TargetArguments, description="").parse(both)
+        pictures = inspect_targets.read_images(args)["image"][:]
+        (args,) = OptionParser(TrainArguments, description="").parse(both)
+        assert pictures == load_data(args)[0].train["image"][:]
+        seen.append(pictures)
+    assert seen[0] != seen[1]
 
 
 def test_wrong_input(folder, model, tmp_path):

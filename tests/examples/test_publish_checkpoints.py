@@ -1,4 +1,4 @@
-"""The reference checkpoints and their cards; publishing them for real, on a small study and a stand-in of the Hub."""
+"""The reference checkpoints, their cards, and publishing them, on a small study and a local stand-in for the Hub."""
 
 import json
 import shutil
@@ -17,10 +17,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import publish_checkpoints  # noqa: E402
-import run_seg_pals  # noqa: E402
+import study_train  # noqa: E402
 import sweep  # noqa: E402
 
-from pals_hf.files import write_whole  # noqa: E402
 from pals_hf.model_card import CARD, CARD_DATA, CardData, render  # noqa: E402
 
 FLAGS = {
@@ -40,15 +39,15 @@ GRID = {
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
-    """A study of two runs on the built-in scenes, as it would leave them."""
+    """A study of two runs on the built-in scenes, with its results."""
     folder = tmp_path_factory.mktemp("studied") / "study"
-    (folder / "results").mkdir(parents=True)
+    folder.mkdir()
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"common": FLAGS, "grid": GRID}, sort_keys=False))
     for cell in sweep.read_cells(folder / "recipe.yaml"):
         run = folder / "runs" / cell.name
-        run_seg_pals.main([*sweep.to_argv(cell.flags), "--output_dir", str(run), "--disable_tqdm", "True"])
+        study_train.main([*sweep.to_argv(cell.flags), "--output_dir", str(run), "--disable_tqdm", "True"])
         metrics = json.loads((run / "eval_results.json").read_text())
-        write_whole(sweep.result_path(folder, cell), json.dumps({"flags": cell.flags, "metrics": metrics}))
+        sweep.append_result(folder, {"place": cell.place, "flags": cell.flags, "metrics": metrics})
     return folder
 
 
@@ -91,7 +90,8 @@ def test_publishing(references, tmp_path):
 
 def test_what_is_not_as_it_should_be(references, tmp_path):
     """A network that is not what its card says is not published; a render follows the study."""
-    run, result = tmp_path / "study" / "runs" / PALS, tmp_path / "study" / "results" / f"{PALS}.json"
+    study = tmp_path / "study"
+    run = study / "runs" / PALS
     card = CardData.load(run)
     data = (run / CARD_DATA).read_text()
     (run / CARD_DATA).write_text(data.replace(f'_iou": {card.metrics["eval_mean_iou"]}', '_iou": 0.9'))
@@ -100,9 +100,8 @@ def test_what_is_not_as_it_should_be(references, tmp_path):
     assert "its card says 0.9000" in refused.stderr
     card.save(run)
     assert call(publish_checkpoints.main, "--references", references).returncode == 0
-    content = json.loads(result.read_text())
-    content["metrics"]["eval_mean_iou"] = 0.125
-    result.write_text(json.dumps(content))
+    (reference,) = publish_checkpoints.read_references(references)
+    sweep.append_result(study, reference.result | {"metrics": {"eval_mean_iou": 0.125}})
     assert call(publish_checkpoints.main, "--references", references, "--render_only").returncode == 0
     assert "| pals (this checkpoint) | 1 | 12.50 |" in (references.parent / "scenes-10-pals" / CARD).read_text()
 

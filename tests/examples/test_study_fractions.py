@@ -1,4 +1,4 @@
-"""Tables and figures from results, and one real study of two runs."""
+"""Tables and figures from results, and a real study of two runs."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ GRID = {
 def study(tmp_path):
     """Results as the runs would leave them: PALS gains 2 points at 10 %, of which nothing is left at 50 %."""
     folder = tmp_path / "study"
-    (folder / "results").mkdir(parents=True)
+    folder.mkdir()
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"common": {"max_steps": 5}, "grid": GRID}, sort_keys=False))
     generator = np.random.default_rng(0)
     easy = {pair: generator.normal(0, 0.03) for pair in GRID["pair"]}  # draws differ far more than methods
@@ -47,16 +47,31 @@ def study(tmp_path):
             "eval_reliability": [[0.5, 0.4, 0.3], [0.5, 0.9, 0.8], [0.0, None, None]],
         }
         result = {"place": cell.place, "flags": cell.flags, "classes": ["a", "b"], "metrics": metrics}
-        sweep.result_path(folder, cell).write_text(json.dumps(result))
+        sweep.append_result(folder, result)
     return folder
+
+
+def lines_of(study):
+    """The lines of its results, by (method, fraction, pair)."""
+    lines = sweep.results_path(study).read_text().splitlines(keepends=True)
+    places = [json.loads(line)["place"] for line in lines]
+    return {(p["method"], p["train_fraction"], p["pair"]): line for p, line in zip(places, lines, strict=True)}
+
+
+def remove_lines(study, unwanted):
+    """Remove the results whose (method, fraction, pair) is unwanted."""
+    kept = [line for place, line in lines_of(study).items() if not unwanted(*place)]
+    sweep.results_path(study).write_text("".join(kept))
 
 
 def add_method(study, name):
     """Another method, with the results of cross-entropy."""
     grid = {**GRID, "method": {**GRID["method"], name: {"loss": "ce"}}}
     (study / "recipe.yaml").write_text(yaml.safe_dump({"common": {"max_steps": 5}, "grid": grid}, sort_keys=False))
-    for path in (study / "results").glob("*method=ce,*"):
-        path.with_name(path.name.replace("method=ce,", f"method={name},")).write_text(path.read_text())
+    for (method, _, _), line in lines_of(study).items():
+        if method == "ce":
+            result = json.loads(line)
+            sweep.append_result(study, result | {"place": result["place"] | {"method": name}})
 
 
 def report(folder, *options):
@@ -77,23 +92,22 @@ def test_pairs_show_what_means_hide(study):
     table = (study / "table.md").read_text()
     assert "### 10% of the training images" in table
     assert "| pals | 6 |" in table
-    assert "missing" not in table
+    assert "without a result" not in table
     for name in ("fractions", "classes", "reliability"):
         assert Image.open(study / f"{name}.png").width > 300
 
 
 def test_incomplete_studies_are_called_so(study):
-    for path in list((study / "results").glob("*pair=[345]*")):
-        path.unlink()
+    remove_lines(study, lambda method, fraction, pair: pair in "345")
     result = report(study)
-    assert "12 runs of the recipe are missing" in result.stdout
+    assert "Runs of the recipe without a result: 12." in result.stdout
     assert "| pals | 3 |" in result.stdout
 
 
 def test_figures_show_only_what_can_be_compared(study):
     """A mean over other pairs is not set beside the baseline's; a method looks the same in every panel."""
     add_method(study, "uniform")
-    next((study / "results").glob("*method=uniform,train_fraction=0.1,*")).unlink()
+    remove_lines(study, lambda *place: place == ("uniform", "0.1", "0"))
     results = study_fractions.Results(study)
     assert study_fractions.comparable(results, "0.1", "ce") == ["ce", "pals"]
     assert study_fractions.comparable(results, "0.5", "ce") == ["ce", "pals", "uniform"]
@@ -111,9 +125,12 @@ def test_figures_show_only_what_can_be_compared(study):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: [path.unlink() for path in (f / "results").iterdir()], "has no results yet"),
+        (lambda f: sweep.results_path(f).unlink(), "has no results yet"),
         (lambda f: (f / "recipe.yaml").unlink(), "cannot be read"),
-        (lambda f: (f / "recipe.yaml").write_text("grid: {loss: [ce]}"), "axes"),
+        (
+            lambda f: (f / "recipe.yaml").write_text("grid: {loss: [ce]}"),
+            "the axes must be method",
+        ),
     ],
 )
 def test_nothing_to_report(study, change, message):
@@ -126,11 +143,11 @@ def test_nothing_to_report(study, change, message):
 @pytest.mark.parametrize(
     ("grid", "options", "message"),
     [
-        (GRID, ["--baseline", "best"], "baseline best is no method of"),
+        (GRID, ["--baseline", "best"], "baseline best is not a method. Choose from ce, pals."),
         (
             {**GRID, "train_fraction": {"few": {"train_count": 3}}},
             [],
-            "train_fraction few must be a number, or named by one",
+            "train_fraction few must be a number or have a number as its name",
         ),
     ],
 )
@@ -172,4 +189,4 @@ def test_runs_what_is_missing(folder, tmp_path):
     result = report(study, "--run")
     assert result.returncode == 0, result.stderr[-2000:]
     assert "| pals | 1 |" in result.stdout
-    assert len(list((study / "results").iterdir())) == 2
+    assert len(lines_of(study)) == 2

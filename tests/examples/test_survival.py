@@ -18,11 +18,9 @@ from safetensors.torch import load_file
 from test_checkpoints import complete
 
 from pals_hf.checkpoints import UNFINISHED
+from pals_hf.cli import train
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_seg_pals.py"
-sys.path.insert(0, str(SCRIPT.parent))
-
-import run_seg_pals  # noqa: E402
 
 
 def command(folder, output, max_steps, *options):
@@ -112,19 +110,19 @@ def test_two_runs_in_one_folder(folder, tmp_path):
     first = Running(command(folder, output, 500, "--save_steps", 1000), tmp_path / "first")
     first.wait_for(first.printed("'loss'"))
     before = sorted(path.name for path in output.iterdir())
-    second = call(run_seg_pals.main, *command(folder, output, 500, "--overwrite"))
+    second = call(train.main, *command(folder, output, 500, "--overwrite"))
     assert second.returncode == 2
     assert f"error: output_dir {output} is in use by process {first.process.pid} on" in second.stderr
     assert sorted(path.name for path in output.iterdir()) == before
     assert first.process.poll() is None
     first.end(signal.SIGKILL)
-    assert call(run_seg_pals.main, *command(folder, output, 1)).returncode == 0
+    assert call(train.main, *command(folder, output, 1)).returncode == 0
 
 
 def test_a_loss_that_is_no_number(folder, tmp_path):
     """One line that says where and why, exit code 1, and the checkpoints before it."""
     output = tmp_path / "run"
-    result = call(run_seg_pals.main, *command(folder, output, 9, "--save_steps", 1, "--learning_rate", 1e30))
+    result = call(train.main, *command(folder, output, 9, "--save_steps", 1, "--learning_rate", 1e30))
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert re.search(r"(loss is|norm is) (nan|inf) at step \d+, images street \d, street \d: ", line)

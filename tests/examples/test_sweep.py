@@ -1,4 +1,4 @@
-"""A sweep as people start it, cut in the middle and started again."""
+"""Sweeps as users start them: their recipes, their file of results, and what an interruption leaves."""
 
 import json
 import os
@@ -6,21 +6,25 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import RAW_VOID
+from filelock import FileLock
 from test_checkpoints import write_checkpoint
 
 pytest.importorskip("ray")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import run_seg_pals  # noqa: E402
 import sweep  # noqa: E402
+from study_train import StudyArguments  # noqa: E402
 
 from pals_hf import PALSLoss  # noqa: E402
+from pals_hf.cli.parser import to_argv  # noqa: E402
+from pals_hf.cli.train import parse_arguments  # noqa: E402
 from pals_hf.errors import InputError  # noqa: E402
 
 SHORT = {"max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 1, "eval_strategy": "no"}
@@ -59,15 +63,15 @@ def test_cells(folder):
     ("content", "message"),
     [
         ("- 1", "must have `grid`"),
-        ("grid: {}\nother: 1", "and nothing else"),
+        ("grid: {}\nother: 1", "and no other key"),
         ("grid: {seed: 3}", "axis seed must be a list"),
         ("grid: {seed: []}", "axis seed must be a list"),
-        ("grid: {a: {x: {beta: 1}}, beta: [0.1]}", "axis beta gives beta, which another axis gives too"),
+        ("grid: {a: {x: {beta: 1}}, beta: [0.1]}", "axis beta sets beta, which another axis sets too"),
         (
             "common: {beta: 2}\ngrid: {a: {x: {beta: 1}}, beta: [0.1]}",
-            "axis beta gives beta, which another axis gives",
+            "axis beta sets beta, which another axis sets",
         ),
-        ("grid: {dataset_dir: [a/b]}", "must have no slash"),
+        ("grid: {dataset_dir: [a/b]}", "dataset_dir=a/b names a folder and must not contain a slash"),
         ("grid: [", "cannot be read"),
     ],
 )
@@ -78,6 +82,61 @@ def test_bad_recipes(tmp_path, content, message):
         sweep.read_cells(path)
 
 
+CELLS = [sweep.Cell({"loss": "ce", "seed": str(seed)}, {"loss": "ce", "seed": seed}) for seed in (0, 1)]
+
+
+def result_of(cell, **more):
+    return {"place": cell.place, "flags": cell.flags, **more}
+
+
+def test_results_are_found_by_their_place(tmp_path):
+    assert sweep.read_results(tmp_path, CELLS) == {}
+    other = sweep.Cell({"loss": "ce", "seed": "2"}, {})
+    for cell, seconds in ((CELLS[1], 1), (other, 2), (CELLS[0], 3), (CELLS[1], 4)):
+        sweep.append_result(tmp_path, result_of(cell, seconds=seconds))
+    results = sweep.read_results(tmp_path, CELLS)
+    assert list(results) == ["loss=ce,seed=0", "loss=ce,seed=1"]  # in the order of the recipe
+    assert [result["seconds"] for result in results.values()] == [3, 4]
+    turned = sweep.Cell(dict(reversed(CELLS[0].place.items())), CELLS[0].flags)  # the recipe's axes in another order
+    assert sweep.read_results(tmp_path, [turned])["seed=0,loss=ce"]["seconds"] == 3
+    with pytest.raises(InputError, match="the result of loss=ce,seed=0 was made with other flags"):
+        sweep.read_results(tmp_path, [sweep.Cell(CELLS[0].place, {"loss": "pals"})])
+
+
+def test_a_line_that_a_crash_tore(tmp_path):
+    """The torn result is lost, wherever the crash cut it; those before it and after it are not."""
+    sweep.append_result(tmp_path, result_of(CELLS[0]))
+    path = sweep.results_path(tmp_path)
+    whole = path.read_bytes()
+    for length in (1, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole + whole[:length])
+        assert list(sweep.read_results(tmp_path, CELLS)) == [CELLS[0].name]
+        sweep.append_result(tmp_path, result_of(CELLS[1]))
+        assert list(sweep.read_results(tmp_path, CELLS)) == [cell.name for cell in CELLS]
+        assert path.read_bytes().startswith(whole)
+        assert path.read_bytes().count(b"\n") == 2
+
+
+@pytest.mark.parametrize("line", ["<<<<<<< ours", "{}", "[1]"])
+def test_a_line_that_is_not_a_result(tmp_path, line):
+    sweep.append_result(tmp_path, result_of(CELLS[0]))
+    with open(sweep.results_path(tmp_path), "a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(InputError, match="line 2 is not a result"):
+        sweep.read_results(tmp_path, CELLS)
+
+
+def test_an_append_waits_for_that_of_another_sweep(tmp_path):
+    path = sweep.results_path(tmp_path)
+    with ThreadPoolExecutor() as pool:
+        with FileLock(f"{path}.lock"):
+            append = pool.submit(sweep.append_result, tmp_path, result_of(CELLS[0]))
+            wait([append], timeout=0.5)
+            assert not path.exists()
+        append.result(timeout=60)
+    assert list(sweep.read_results(tmp_path, CELLS)) == [CELLS[0].name]
+
+
 def test_a_cell_goes_on_with_the_flags_it_began_with(tmp_path):
     cell = sweep.Cell({"seed": "0"}, {"learning_rate": 1e-4})
     began = sweep.begun_path(tmp_path, cell)
@@ -85,12 +144,12 @@ def test_a_cell_goes_on_with_the_flags_it_began_with(tmp_path):
     began.write_text(json.dumps({"learning_rate": 1e-3}))
     sweep.refuse_other_flags(tmp_path, cell)  # it failed before there was anything to go on from
     write_checkpoint(tmp_path / "runs" / cell.name / "checkpoint-1")
-    with pytest.raises(InputError, match="seed=0 was begun with other flags than the recipe has now: delete"):
+    with pytest.raises(InputError, match="seed=0 was started with other flags than the recipe has now"):
         next(sweep.run_cells([cell], tmp_path))
 
 
 def test_what_no_machine_can_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no machine has 1000 cores and 0 GPUs: a cell would wait for ever"):
+    with pytest.raises(InputError, match="no machine has 1000 cores and 0 GPUs, so a cell would wait forever"):
         next(sweep.run_cells([sweep.Cell({"seed": "0"}, {})], tmp_path, cpus_per_cell=1000))
 
 
@@ -100,26 +159,26 @@ def test_is_cut_and_goes_on(folder, tmp_path):
     grid = {"method": {"ce": {"loss": "ce"}, "pals": {"loss": "pals"}, "bad": {"train_count": 99}}}  # of 8 images
     recipe, output = recipe_of(folder, grid), tmp_path / "sweep"
     running = start(recipe, output)
-    results = output / "results"
+    results = sweep.results_path(output)
     deadline = time.time() + 120
-    while not list(results.glob("*.json")) and time.time() < deadline and running.poll() is None:
+    while not results.exists() and time.time() < deadline and running.poll() is None:
         time.sleep(0.2)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
-    (first,) = results.glob("*.json")
-    before = first.read_text(), first.stat().st_mtime_ns
+    first = results.read_text()
     code, printed, errors = finish(start(recipe, output), output)
     assert code == 1
     assert "2 of 3 cells are done" in printed, errors[-2000:]
     assert "failed: method=bad: " in printed
-    assert "train_count must lie between 1 and the 8 images there are, got 99" in printed
-    assert (first.read_text(), first.stat().st_mtime_ns) == before
+    assert "train_count must be between 1 and 8 (the number of images), got 99" in printed
+    assert results.read_text().startswith(first)
     log = (output / "runs" / "method=bad.log").read_text()
     assert log.count("error: train_count") >= 2  # tried again
-    result = json.loads((results / "method=pals.json").read_text())
+    assert results.read_text().count("\n") == 2
+    result = sweep.read_results(output, sweep.read_cells(recipe))["method=pals"]
     assert result["place"] == {"method": "pals"}
     assert result["flags"]["loss"] == "pals"
-    assert result["loss_settings"]["tau"] == PALSLoss().affinity["tau"]  # which no flag gave
+    assert result["loss_settings"]["affinity"]["tau"] == PALSLoss().affinity.tau  # which no flag gave
     assert 0 <= result["metrics"]["eval_mean_iou"] <= 1
     assert result["classes"] == ["ground", "wall", "sky", "car"]
     assert result["versions"]["torch"]
@@ -138,4 +197,4 @@ def test_the_sweeps_of_the_examples(name):
     cells = sweep.read_cells(EXAMPLES / "sweeps" / f"{name}.yaml")
     assert len(cells) == 8
     for cell in cells:
-        run_seg_pals.parse_arguments(run_seg_pals.to_argv(cell.flags))
+        parse_arguments(to_argv(cell.flags), StudyArguments)

@@ -5,6 +5,7 @@ import reference
 import torch
 import torch.nn.functional as F
 
+from pals_hf.functional import Affinity
 from pals_hf.losses import PRESETS, CrossEntropyLoss, LabelSmoothingLoss, PALSLoss
 
 LOSSES = {"pals": PALSLoss(), "ce": CrossEntropyLoss(), "label_smoothing": LabelSmoothingLoss()}
@@ -51,9 +52,9 @@ class TestEveryLoss:
     def test_reports_its_parts(self, loss, batch):
         if isinstance(loss, PALSLoss):
             loss = PALSLoss(adaptive_beta=False)  # with one beta for all pixels the parts add up
-        value = loss(*batch)
+        value, parts = loss.compute(*batch)
+        assert value == loss(*batch)
         weight = getattr(loss, "beta", getattr(loss, "smoothing", 0))
-        parts = loss.parts
         soft = parts.get("aggregated", parts.get("uniform", 0))
         mixed = (1 - weight) * parts["one_hot"] + weight * soft
         torch.testing.assert_close(mixed, value)
@@ -70,7 +71,7 @@ class TestEveryLoss:
 
     @pytest.mark.parametrize("weights", [[-1.0, 1, 1, 1], [float("nan"), 1, 1, 1], [[1.0, 1, 1, 1]]])
     def test_refuses_class_weights(self, loss, weights):
-        with pytest.raises(ValueError, match="class_weights must be one number of at least 0 a class"):
+        with pytest.raises(ValueError, match="class_weights must be one number of at least 0 for each class"):
             type(loss)(class_weights=weights)
 
     def test_says_its_settings(self, loss):
@@ -97,9 +98,9 @@ class TestPALS:
     @pytest.mark.parametrize("preset", PRESETS)
     def test_equals_the_formula(self, batch, preset):
         logits, labels, features = batch
-        settings = {name: value for name, value in PRESETS[preset].items() if name != "beta_schedule"}
-        p = (logits.double() / settings["temperature"]).softmax(dim=1)
-        q = reference.aggregate(features, p, settings["tau"])
+        settings = PRESETS[preset]
+        p = (logits.double() / settings["affinity"].temperature).softmax(dim=1)
+        q = reference.aggregate(features, p, settings["affinity"])
         expected = reference.soft_label_loss(logits, labels, q, settings["beta"], adaptive=settings["adaptive_beta"])
         torch.testing.assert_close(
             PALSLoss(**settings)(logits, labels, features).double(), expected, rtol=1e-5, atol=0
@@ -110,28 +111,38 @@ class TestPALS:
         logits.requires_grad_(), features.requires_grad_()
         loss = PALSLoss(beta=0.5)
         (gradient,) = torch.autograd.grad(loss(logits, labels, features), logits)
-        q = reference.aggregate(
-            features, (logits / loss.temperature).softmax(dim=1), PRESETS["default"]["tau"]
-        ).detach()
+        q = reference.aggregate(features, logits.softmax(dim=1), loss.affinity).detach()
         (expected,) = torch.autograd.grad(reference.soft_label_loss(logits, labels, q, 0.5, adaptive=True), logits)
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
         loss(logits, labels, features).backward()
         assert features.grad is None
 
-    def test_options_reach_the_aggregation_and_the_loss(self, batch):
+    def test_settings_reach_the_aggregation_and_the_loss(self, batch):
         logits, labels, features = batch
-        options = {"pairs": "same_class", "include_self": False, "void_keys": False, "propagation_steps": 2}
-        options |= {"propagation_weight": 0.7, "anchor_weight": 3.0, "affinity_stride": 2, "tau": 0.5}
-        constant = PALSLoss(0.4, temperature=2.0, distill_void=True, adaptive_beta=False, **options)
-        q = reference.aggregate(features, (logits.double() / 2.0).softmax(dim=1), labels=labels, **options)
-        expected = reference.soft_label_loss(logits, labels, q, 0.4, distill_void=True)
-        value = constant(logits, labels, features)
+        affinity = Affinity(
+            tau=0.5, keys=12, pairs="same_class", unlabeled_keys=False, steps=2, weight=0.7, temperature=2.0
+        )
+        constant = PALSLoss(0.4, affinity, distill_unlabeled=True, adaptive_beta=False)
+        q = reference.aggregate(features, (logits.double() / 2.0).softmax(dim=1), affinity, labels, stride=2)
+        expected = reference.soft_label_loss(logits, labels, q, 0.4, distill_unlabeled=True)
+        value, parts = constant.compute(logits, labels, features)
         torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=0)
-        parts = constant.parts
-        torch.testing.assert_close(0.6 * parts["one_hot"] + 0.4 * (parts["aggregated"] + parts["void"]), value)
+        torch.testing.assert_close(0.6 * parts["one_hot"] + 0.4 * (parts["aggregated"] + parts["unlabeled"]), value)
         expected = reference.soft_label_loss(logits, labels, q, 0.4, adaptive=True)
-        value = PALSLoss(0.4, temperature=2.0, adaptive_beta=True, **options)(logits, labels, features)
+        value = PALSLoss(0.4, affinity)(logits, labels, features)
         torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=0)
+
+    def test_beta_is_an_argument_too(self, batch):
+        assert PALSLoss(beta=0.5)(*batch, beta=0.2) == PALSLoss(beta=0.2)(*batch)
+
+    def test_resize_acts_on_logits_and_on_q(self, batch):
+        """Positions are compared on the classifier's grid; the loss is taken behind the head's own interpolation."""
+        logits, labels, features = batch
+        double = torch.nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+        loss = PALSLoss()
+        expected = loss(double(logits), labels, aggregated=double(loss.aggregate(logits, features)))
+        assert loss(logits, labels, features, resize=double) == expected
+        assert loss(logits, labels, features) != expected
 
     def test_a_q_of_ones_own(self, batch):
         logits, labels, _ = batch
@@ -140,15 +151,21 @@ class TestPALS:
         torch.testing.assert_close(loss(logits, labels, aggregated=q).double(), expected, rtol=1e-5, atol=0)
 
     @pytest.mark.parametrize(
-        "options", [{}, {"pairs": "same_class", "void_keys": False}, {"include_self": False}, {"distill_void": True}]
+        "options",
+        [
+            {},
+            {"affinity": Affinity(pairs="same_class", unlabeled_keys=False)},
+            {"affinity": Affinity(include_self=False)},
+            {"distill_unlabeled": True},
+        ],
     )
-    def test_every_option_with_an_all_void_batch(self, batch, options):
+    def test_every_option_with_an_unlabelled_batch(self, batch, options):
         logits, labels, features = batch
         logits.requires_grad_()
         value = PALSLoss(**options)(logits, torch.full_like(labels, 255), features)
         value.backward()
         assert logits.grad.isfinite().all()
-        assert (value > 0) == ("distill_void" in options)
+        assert (value > 0) == ("distill_unlabeled" in options)
 
     def test_without_features_the_logits_serve(self, batch):
         logits, labels, _ = batch
@@ -163,25 +180,26 @@ class TestPALS:
         for loss, truth in ((PALSLoss(adaptive_beta=False), labels), (PALSLoss(), believed)):
             assert abs(loss(logits, truth, features) - CrossEntropyLoss()(logits, truth)) > 1e-2
 
-    def test_the_own_prediction_teaches_nothing(self, batch):
+    def test_plain_self_distillation_teaches_nothing(self, batch):
         """With one beta, at temperature 1, on one grid, it scales cross-entropy's gradient, which Adam undoes."""
         logits, _, features = batch
         logits, labels = logits.requires_grad_(), torch.randint(0, 4, (2, 6, 8))
         gradients = {}
         for name, loss in {
             "ce": CrossEntropyLoss(),
-            "own": PALSLoss(beta=0.3, adaptive_beta=False, propagation_weight=0.0),
-            "average": PALSLoss(beta=0.3, adaptive_beta=False, tau=0.3),
+            "self-distillation": PALSLoss(0.3, Affinity(weight=0.0), adaptive_beta=False),
+            "average": PALSLoss(0.3, Affinity(tau=0.3), adaptive_beta=False),
         }.items():
             (gradients[name],) = torch.autograd.grad(loss(logits, labels, features), logits)
-        torch.testing.assert_close(gradients["own"], 0.7 * gradients["ce"])
-        assert (gradients["average"] - gradients["own"]).norm() > 0.1 * gradients["own"].norm()
+        torch.testing.assert_close(gradients["self-distillation"], 0.7 * gradients["ce"])
+        assert (gradients["average"] - gradients["self-distillation"]).norm() > 0.1 * gradients[
+            "self-distillation"
+        ].norm()
 
     def test_entropy_of_q(self, batch):
         logits, labels, features = batch
-        loss = PALSLoss(temperature=1e6)
-        loss(logits, labels, features)
-        torch.testing.assert_close(loss.parts["entropy"], torch.tensor(4.0).log())
+        _, parts = PALSLoss(affinity=Affinity(temperature=1e6)).compute(logits, labels, features)
+        torch.testing.assert_close(parts["entropy"], torch.tensor(4.0).log())
 
     def test_trains_a_plain_torch_model(self):
         model = torch.nn.Conv2d(3, 4, 1)
@@ -196,10 +214,10 @@ class TestPALS:
             values.append(value.item())
         assert values[-1] < values[0]
 
-    @pytest.mark.parametrize("name", ["beta", "tau", "temperature"])
-    def test_refuses(self, name):
-        with pytest.raises(ValueError, match=name):
-            PALSLoss(**{name: -0.1})
+    @pytest.mark.parametrize("beta", [-0.1, 1.1])
+    def test_refuses(self, beta):
+        with pytest.raises(ValueError, match="beta must lie in"):
+            PALSLoss(beta)
 
 
 def test_label_smoothing_refuses():

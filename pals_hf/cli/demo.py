@@ -1,0 +1,65 @@
+"""Compare two trained models on an image in the browser.
+
+    pip install 'pals_hf[demo]'
+    pals-hf demo --models cross-entropy=runs/ce PALS=runs/pals
+
+A model is a folder or a name on the Hub. The page contacts no server except for the download of models from the Hub.
+
+The page also runs as a Space on Hugging Face: use `examples/app.py` as `app_file`, put `pals_hf[demo]` into
+requirements.txt, and set the variable PALS_MODELS to the models, separated by commas:
+`cross-entropy=me/street-ce,PALS=me/street-pals`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+from .ending import fail
+from .parser import OneLineParser
+
+if TYPE_CHECKING:
+    from gradio import Blocks
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the program on a command line, by default that of this process."""
+    parser = OneLineParser(
+        prog="pals-hf demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME=PATH", help="Models to compare. Default: the models in PALS_MODELS."
+    )
+    try:
+        given = parser.parse_args(argv).models
+        page = build_page(models_of_environment() if given is None else read_models(given))
+    except InputError as error:
+        fail(error)
+    page.launch()
+
+
+def models_of_environment() -> dict[str, str]:
+    return read_models(os.environ.get("PALS_MODELS", "").split(","))
+
+
+def read_models(given: list[str]) -> dict[str, str]:
+    """Map names to folders or names on the Hub. An item is `NAME=PATH`, or a path that is its own name."""
+    pairs = [item.strip().partition("=") for item in given if item.strip()]
+    return {name: path or name for name, _, path in pairs}
+
+
+def build_page(models: dict[str, str]) -> Blocks:
+    """Load the models and build the page.
+
+    Raises:
+        InputError: gradio is not installed, or a model cannot be loaded.
+    """
+    try:
+        from .page import build_demo, load
+    except ImportError as error:
+        raise InputError(f"the demo needs {error.name}. Install it with: pip install 'pals_hf[demo]'") from error
+    for name_or_path in models.values():
+        load(name_or_path)  # so that errors are printed before the page opens
+    return build_demo(models)

@@ -1,0 +1,90 @@
+"""The end of a run: its results as files, pictures and a table."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL.Image import Image, fromarray
+from transformers.utils import is_matplotlib_available
+
+from ..data import SegmentationData, SegmentationStream, StreamedDataset, TransformedDataset
+from ..data.checking import read_pair
+from ..errors import InputError
+from ..inference import load_for_inference, predict
+from ..trainer import PALSTrainer
+from ..visualize import prediction_sheet, reliability_diagram, training_curves
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BaseImageProcessor, PreTrainedModel
+
+SKIPPED = "skipped_samples.json"
+NUM_PICTURES = 6  # rows of predictions.png
+
+
+def report(
+    trainer: PALSTrainer, data: SegmentationData | SegmentationStream, metrics: dict[str, Any], checkpoint: str
+) -> None:
+    """Write the results and print them. The pictures show the checkpoint as others will load it."""
+    trainer.save_metrics("eval", metrics)
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    model, processor = load_finished(checkpoint, data.id2label, trainer.args.device)
+    window = trainer.args.eval_window, trainer.args.eval_overlap  # as it was scored
+    rows = [
+        (image, labels, predict(model, processor, [image], *window)[0].mask)
+        for image, labels in some_pairs(data, trainer.eval_dataset)
+    ]
+    prediction_sheet(rows, data.id2label, folder / "predictions.png", data.colors)
+    if is_matplotlib_available() and trainer.args.eval_calibration:
+        reliability_diagram(metrics["eval_reliability"], folder / "reliability.png")
+    if trainer.state.global_step:
+        if is_matplotlib_available():
+            training_curves(trainer.state.log_history, folder / "curves.png")
+        trainer.create_model_card()
+    print_table(metrics, data)
+    print(f"\nresults, checkpoint and pictures: {folder}")
+
+
+def load_finished(
+    checkpoint: str, id2label: dict[int, str], device: str | torch.device
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Load a trained model for these classes, exactly as `from_pretrained` gives it to its users."""
+    model, processor = load_for_inference(checkpoint, device)
+    if model.config.num_labels != len(id2label):
+        raise InputError(
+            f"{checkpoint} predicts {model.config.num_labels} classes, but the data set has {len(id2label)}"
+        )
+    return model, processor
+
+
+def some_pairs(
+    data: SegmentationData | SegmentationStream, scored: TransformedDataset | StreamedDataset
+) -> list[tuple[Image, Image]]:
+    """Return the first validation images and their masks."""
+    if isinstance(scored, StreamedDataset):
+        real = (pending.row for pending in scored if not pending.is_filler)
+        read = (read_pair(row, data.classes) for row in itertools.islice(real, NUM_PICTURES))
+        return [(image, fromarray(labels)) for image, labels, _ in read]
+    examples = data.validation.select(range(min(NUM_PICTURES, len(data.validation))))
+    return [(row["image"], row["labels"]) for row in examples]
+
+
+def print_table(metrics: dict[str, Any], data: SegmentationData | SegmentationStream) -> None:
+    print(f"\n{summary_of(data)}")
+    print(f"{'class':<20}{'IoU':>8}{'accuracy':>10}")
+    for index, name in data.id2label.items():
+        iou, accuracy = (metrics[f"eval_per_category_{kind}"][index] for kind in ("iou", "accuracy"))
+        print(f"{name:<20}{iou:>8.3f}{accuracy:>10.3f}")
+    print(f"{'mean':<20}{metrics['eval_mean_iou']:>8.3f}{metrics['eval_mean_accuracy']:>10.3f}")
+    print(f"{'all pixels':<28}{metrics['eval_overall_accuracy']:>10.3f}")
+
+
+def summary_of(data: SegmentationData | SegmentationStream) -> str:
+    if isinstance(data, SegmentationStream):
+        return f"{data.name}, streamed"
+    skipped = f", {len(data.skipped)} skipped (see {SKIPPED})" if data.skipped else ""
+    return f"{data.name}: {len(data.train)} training images, {len(data.validation)} validation images{skipped}"

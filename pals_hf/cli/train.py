@@ -1,0 +1,221 @@
+"""Train a segmentation model on images and masks, to a checkpoint for `from_pretrained`.
+
+    pals-hf train --train_fraction 0.5             (a small SegFormer on built-in street scenes, offline)
+    pals-hf train --dataset_dir my_data --model_name_or_path nvidia/mit-b0 --image_size 512 512
+
+All options can come from a file, `--recipe settings.yaml`; options on the command line win.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import uuid
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import EarlyStoppingCallback, set_seed
+
+from ..checkpoints import is_complete_checkpoint
+from ..config import PALSConfig
+from ..data import FractionManifest, SegmentationData, SegmentationStream
+from ..data.fractions import MANIFEST
+from ..errors import InputError, PushError, TrainingError
+from ..files import atomic_write_text
+from ..model_card import CardFacts
+from ..models import build_image_processor, build_model
+from ..run_folder import (
+    discard_other_run,
+    find_checkpoint,
+    lock_output_dir,
+    refuse_other_run,
+    refuse_other_training,
+)
+from ..trainer import PALSTrainer
+from .arguments import TrainArguments
+from .ending import fail, is_main_process
+from .parser import OptionParser, with_recipe
+from .report import SKIPPED, load_finished, report
+from .train_data import build_datasets, build_streams, load_data
+
+# Chosen on held-out training scenes for the default network; PALSConfig's default is for pretrained backbones.
+LEARNING_RATE_OF_RANDOM_WEIGHTS = 2e-3
+
+
+def main(argv: list[str] | None = None, arguments: type[TrainArguments] = TrainArguments) -> None:
+    """Run the program.
+
+    Args:
+        argv: the command line. Default: that of this process.
+        arguments: the dataclass of the options; a study has more of them.
+    """
+    try:
+        args, config = parse_arguments(sys.argv[1:] if argv is None else argv, arguments)
+        set_threads(args.num_threads)
+        choose_output_dir(args, config)
+        data, manifest = load_data(args)
+        trainer = build_trainer(args, config, data, manifest)
+        alone = lock_output_dir(config.output_dir) if is_main_process() else nullcontext()
+        if args.eval_only:
+            with alone:
+                report(trainer, data, trainer.evaluate(), args.model_name_or_path)
+        else:
+            trainer.dry_run()
+            with alone:
+                prepare_output_dir(args, config, data, manifest)
+                train(trainer)
+                report(trainer, data, trainer.evaluate(), config.output_dir)
+                if config.push_to_hub:
+                    push(trainer)
+    except (InputError, TrainingError, PushError) as error:
+        fail(error)
+    trainer.end()
+
+
+def parse_arguments(argv: list[str], arguments: type[TrainArguments]) -> tuple[TrainArguments, PALSConfig]:
+    """Parse the options. Networks with random weights get a learning rate of their own unless one is given."""
+    parser = OptionParser((arguments, PALSConfig), description=__doc__)
+    parser.set_defaults(output_dir="")  # stands for a new folder
+    argv = with_recipe(argv, parser)
+    args, config = parser.parse(argv)
+    if args.has_random_weights and not parser.is_given("learning_rate", argv):
+        config.learning_rate = LEARNING_RATE_OF_RANDOM_WEIGHTS
+    return args, config
+
+
+def set_threads(num_threads: int | None) -> None:
+    """Use all cores, because `accelerate launch` leaves each process one thread."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if num_threads is not None and num_threads < 1:
+        raise InputError(f"num_threads must be positive, got {num_threads}")
+    torch.set_num_threads(num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def choose_output_dir(args: TrainArguments, config: PALSConfig) -> None:
+    """Choose the output folder and the checkpoint to resume from, the same for all processes.
+
+    Nothing is written, except for a checkpoint that is downloaded from the Hub.
+    """
+    if config.resume_from_checkpoint is not None:
+        checkpoint = broadcast_object_list([find_checkpoint(config) if is_main_process() else None])[0]
+        if checkpoint is not None and not is_complete_checkpoint(checkpoint):
+            raise InputError(
+                f"not every process can read {checkpoint}: resume from a folder on a disk that all machines share"
+            )
+        config.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
+        config.output_dir = config.output_dir or str(checkpoint.parent)
+        if is_main_process():
+            print("starting a new run" if checkpoint is None else f"resuming from {checkpoint}", flush=True)
+    if not config.output_dir:
+        share = "manifest" if args.train_manifest else args.train_count or f"{args.train_fraction or 1:g}"
+        what = "eval" if args.eval_only else f"{config.loss}-{share}-seed{config.seed}"
+        name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{what}-{uuid.uuid4().hex[:4]}"
+        config.output_dir = broadcast_object_list([name])[0]
+    refuse_other_run(Path(config.output_dir), checkpoint_of(config), args.overwrite)
+
+
+def checkpoint_of(config: PALSConfig) -> Path | None:
+    return None if config.resume_from_checkpoint is None else Path(config.resume_from_checkpoint)
+
+
+def build_trainer(
+    args: TrainArguments,
+    config: PALSConfig,
+    data: SegmentationData | SegmentationStream,
+    manifest: FractionManifest | None,
+) -> PALSTrainer:
+    set_seed(config.seed)  # so that a new head is the same for every loss
+    if args.eval_only:
+        model, processor = load_finished(args.model_name_or_path, data.id2label, "cpu")
+    else:
+        model = build_model(args.model_name_or_path, data.id2label, args.output_stride, args.from_scratch)
+        processor = build_image_processor(args.model_name_or_path, args.image_size)
+    callbacks = []
+    if args.early_stopping_patience is not None:
+        if not config.load_best_model_at_end:
+            raise InputError("early_stopping_patience needs --load_best_model_at_end True")
+        callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+    build = build_streams if args.streaming else build_datasets
+    try:
+        train_dataset, eval_dataset = build(args, config, data, manifest, processor)
+        return PALSTrainer(
+            model,
+            config,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processor,
+            callbacks=callbacks,
+            card_facts=card_facts(args, data, manifest),
+        )
+    except ValueError as error:  # arguments that exclude each other, or a service in report_to that is not installed
+        raise InputError(str(error)) from error
+
+
+def card_facts(
+    args: TrainArguments, data: SegmentationData | SegmentationStream, manifest: FractionManifest | None
+) -> CardFacts:
+    """Collect the facts on the data for the model card."""
+    facts = CardFacts(
+        license=args.license,
+        dataset=data.name,
+        dataset_id=data.name if data.revision else None,
+        dataset_revision=data.revision,
+        dataset_license=data.license,
+        split=args.split,
+        validation_images=None if isinstance(data, SegmentationStream) else len(data.validation),
+        settings=args.card_settings(),
+    )
+    return facts if manifest is None else facts.with_manifest(manifest)
+
+
+def prepare_output_dir(
+    args: TrainArguments,
+    config: PALSConfig,
+    data: SegmentationData | SegmentationStream,
+    manifest: FractionManifest | None,
+) -> None:
+    """Clear the output folder for this run. All input has been checked by now."""
+    folder, checkpoint = Path(config.output_dir), checkpoint_of(config)
+    if checkpoint is not None:
+        refuse_other_training(checkpoint, config, manifest)
+    if not is_main_process():
+        return
+    refuse_other_run(folder, checkpoint, args.overwrite)  # another run may have used it while the data was loaded
+    discard_other_run(folder, checkpoint)
+    if manifest is not None:
+        manifest.save(folder / MANIFEST)
+    (folder / SKIPPED).unlink(missing_ok=True)
+    if not args.streaming and data.skipped:
+        atomic_write_text(folder / SKIPPED, json.dumps(data.skipped, indent=2, ensure_ascii=False))
+
+
+def train(trainer: PALSTrainer) -> None:
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    if trainer.terminated:
+        leave(trainer)
+    trainer.save_model(_internal_call=True)  # the run is pushed later, with its results
+    trainer.save_state()
+    trainer.save_metrics("train", result.metrics)
+
+
+def leave(trainer: PALSTrainer) -> NoReturn:
+    """End a run after SIGTERM, and say how to resume it."""
+    checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    trainer.end()
+    if is_main_process():
+        print(
+            f"stopped by SIGTERM; {checkpoint} is saved, resume with --resume_from_checkpoint {checkpoint}", flush=True
+        )
+    sys.exit(128 + signal.SIGTERM)
+
+
+def push(trainer: PALSTrainer) -> None:
+    done = trainer.push_to_hub()
+    if done is not None:
+        print(f"pushed: {done.repo_url}", flush=True)

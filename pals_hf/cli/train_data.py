@@ -1,0 +1,115 @@
+"""From the options of a training to its data sets."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import datasets
+from accelerate import PartialState
+
+from ..config import PALSConfig
+from ..data import (
+    IGNORE_INDEX,
+    EvalTransform,
+    FractionManifest,
+    SegmentationData,
+    SegmentationStream,
+    StreamedDataset,
+    TrainTransform,
+    TransformedDataset,
+    stream_segmentation_dataset,
+)
+from ..data.balance import rare_classes
+from ..data.resizing import cache_resized
+from ..errors import InputError
+from ..functional import PADDING_INDEX
+from .arguments import TrainArguments, read_data, source_of
+from .ending import is_main_process
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
+
+def load_data(args: TrainArguments) -> tuple[SegmentationData | SegmentationStream, FractionManifest | None]:
+    """Load the data set, and reduce its training split to the fraction. Return it with the record of the fraction."""
+    if not is_main_process():
+        datasets.disable_progress_bars()
+    if args.streaming:
+        chosen = None if args.train_manifest is None else FractionManifest.load(args.train_manifest)
+        stream = stream_segmentation_dataset(**source_of(args))
+        if chosen is not None and not stream.has_ids:
+            raise InputError(f"train_manifest needs a column id, by which {stream.name} would name its images")
+        return stream, chosen
+    data = read_data(args, args.skip_bad_samples)
+    every = data.train
+    data = args.hold_out(data)
+    if is_main_process():
+        for name, problem in data.skipped.items():
+            print(f"skipped {name}: {problem}", file=sys.stderr)
+    record = {"name": data.name, "id2label": data.id2label}
+    if args.train_manifest is not None:
+        manifest = FractionManifest.load(args.train_manifest, data.train, **record)
+        manifest.refuse_other(args.train_manifest, data.train, every)  # maybe of a run without held-out images
+    else:
+        share = 1.0 if args.train_fraction is None and args.train_count is None else args.train_fraction
+        manifest = FractionManifest.draw(
+            data.train, share, args.fraction_seed, count=args.train_count, method=args.fraction_method, **record
+        )
+    return replace(data, train=args.degrade(manifest.select(data.train))), manifest
+
+
+def build_datasets(
+    args: TrainArguments, config: PALSConfig, data: SegmentationData, _, processor: BaseImageProcessor
+) -> tuple[TransformedDataset, TransformedDataset]:
+    first, train_images = data.train[0]["image"], data.train
+    if args.cache_images:
+        with PartialState().local_main_process_first():
+            train_images = cache_resized(data.train, processor, args.preprocessing_num_workers)
+    augment = build_augmentation(
+        args,
+        config,
+        processor,
+        args.crop_size or args.image_size or (first.height, first.width),
+        rare_classes=rare_classes([row[:-1] for row in data.train["class_pixels"]]),
+        rare_crop=args.rare_crop,
+        copy_paste=args.copy_paste,
+    )
+    return (
+        TransformedDataset(train_images, augment, seed=config.seed),
+        TransformedDataset(data.validation, EvalTransform(processor)),
+    )
+
+
+def build_streams(
+    args: TrainArguments,
+    config: PALSConfig,
+    data: SegmentationStream,
+    manifest: FractionManifest | None,
+    processor: BaseImageProcessor,
+) -> tuple[StreamedDataset, StreamedDataset]:
+    augment = build_augmentation(args, config, processor, args.crop_size or args.image_size)
+    ids = None if manifest is None else manifest.ids
+    skip = {"skip_bad_samples": args.skip_bad_samples}
+    return (
+        StreamedDataset(data.train, data.classes, augment, config.seed, shuffle=True, repeat=True, ids=ids, **skip),
+        StreamedDataset(data.validation, data.classes, EvalTransform(processor), **skip),
+    )
+
+
+def build_augmentation(
+    args: TrainArguments,
+    config: PALSConfig,
+    processor: BaseImageProcessor,
+    crop_size: tuple[int, int],
+    **for_rare_classes: Any,
+) -> TrainTransform:
+    return TrainTransform(
+        processor,
+        crop_size,
+        args.scale_range,
+        args.color_jitter,
+        padding_index=PADDING_INDEX if config.distill_unlabeled else IGNORE_INDEX,
+        **for_rare_classes,
+    )
