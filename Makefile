@@ -3,6 +3,7 @@
 quality:  ## what CI checks besides the tests
 	ruff check .
 	ruff format --check .
+	mypy
 
 style:  ## mend what can be mended
 	ruff check --fix .
