@@ -33,7 +33,7 @@ PALS = "method=pals,train_fraction=0.1,pair=0"
 GRID = {
     "method": {"ce": {"loss": "ce"}, "pals": {"loss": "pals"}},
     "train_fraction": ["0.1"],
-    "pair": {"0": {"split_seed": 0, "seed": 0}},
+    "pair": {"0": {"fraction_seed": 0, "seed": 0}},
 }
 
 

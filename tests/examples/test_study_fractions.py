@@ -24,7 +24,7 @@ import sweep  # noqa: E402
 GRID = {
     "method": {"ce": {"loss": "ce"}, "pals": {"loss": "pals"}},
     "train_fraction": [0.1, 0.5],
-    "pair": {str(index): {"split_seed": index, "seed": index} for index in range(6)},
+    "pair": {str(index): {"fraction_seed": index, "seed": index} for index in range(6)},
 }
 
 
