@@ -23,7 +23,9 @@ def test_what_is_installed():
     assert name == "pals-hf"
     assert EntryPoint(name, target, "console_scripts").load() is cli.main
     subpackages = {f"pals_hf.{path.parent.name}" for path in (ROOT / "pals_hf").glob("*/__init__.py")}
-    assert set(config["options"]["packages"].split()) == {"pals_hf", *subpackages}
+    elsewhere = dict(line.split(" = ") for line in config["options"]["package_dir"].strip().splitlines())
+    assert all((ROOT / folder / "__init__.py").is_file() for folder in elsewhere.values())
+    assert set(config["options"]["packages"].split()) == {"pals_hf", *subpackages, *elsewhere}
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
