@@ -31,8 +31,9 @@ from pals_hf.cli.parser import OptionParser
 from pals_hf.data import FractionManifest
 from pals_hf.data.splitting import hold_out
 from pals_hf.errors import InputError
-from pals_hf.functional import SOURCES, Affinity, aggregate_probabilities, entropy, upsample
+from pals_hf.functional import SOURCES, Affinity, entropy, upsample
 from pals_hf.inference import load_for_inference
+from pals_hf.losses import PALSLoss
 from pals_hf.metrics import SegmentationMetrics
 from pals_hf.models import build_image_processor
 from pals_hf.options import EVALUATION, IMAGES, MODEL, RUN, option
@@ -128,11 +129,12 @@ def inspect(args: TargetArguments) -> list[dict[str, Any]]:
         shown = []
         for affinity, score in scores.items():
             reading = readings.get(affinity.source) or next(iter(readings.values()))
-            p = reading.logits.float().softmax(dim=1)
-            q = upsample(aggregate_probabilities(reading.features, p, affinity), labels.shape)[0].cpu()
+            q = PALSLoss(affinity=affinity).aggregate(reading.logits, reading.features)
+            q = upsample(q, labels.shape)[0].cpu()
             score.add(q, labels)
-            shown.append(q) if len(shown) < 2 else None
-        if len(rows) < NUM_PICTURES:
+            if len(rows) < NUM_PICTURES and len(shown) < 2:
+                shown.append(q)
+        if shown:
             rows.append((row["image"], labels, *shown))
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     draw(rows, num_labels, Path(args.output_dir) / "targets.png")

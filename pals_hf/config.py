@@ -189,7 +189,7 @@ class PALSConfig(TrainingArguments):
 
     @property
     def affinity_settings(self) -> Affinity:
-        """The settings of the comparison of pixels. Without such a comparison in `self_distillation`."""
+        """The settings of the comparison of pixels. With `loss` "self_distillation" no pixels are compared."""
         return Affinity(**self.affinity | ({"weight": 0.0} if self.loss == "self_distillation" else {}))
 
     @property

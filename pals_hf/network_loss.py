@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .functional import soft_label_cross_entropy
-from .losses import LossOutput, PALSLoss, SegmentationLoss
+from .losses import LossOutput, SegmentationLoss
 from .tap import ClassifierTap, Reading
 
 
@@ -48,7 +48,7 @@ def compute_loss_func(loss: SegmentationLoss, model: nn.Module) -> Callable[...,
     Example:
         >>> Trainer(model, args, compute_loss_func=compute_loss_func(PALSLoss(), model), ...)
     """
-    source = loss.affinity.source if isinstance(loss, PALSLoss) else "classifier_input"
+    source = "classifier_input" if loss.affinity is None else loss.affinity.source
     if source == "encoder":
         raise InputError("compute_loss_func cannot read hidden states: use PALSTrainer for affinity source 'encoder'")
     tap = ClassifierTap(model, before_dropout=source == "before_dropout")
@@ -56,8 +56,6 @@ def compute_loss_func(loss: SegmentationLoss, model: nn.Module) -> Callable[...,
 
     def compute(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         reading = tap.read()
-        if source == "logits":
-            reading = reading._replace(features=reading.logits)
         if reading.logits.shape[0] != labels.shape[0]:
             raise InputError("the model runs in nn.DataParallel, where PALS cannot read it: use `accelerate launch`")
         counted = labels != -100

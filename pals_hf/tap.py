@@ -172,7 +172,8 @@ def read_network(
         network: the network, which may be wrapped.
         tap: the tap of the network itself; for `affinity.source="before_dropout"` one that reads there.
         inputs: `pixel_values` and everything else that the network's forward pass takes.
-        affinity: its `source` and `encoder_stage` name the features. Default: the classifier's input.
+        affinity: its `source` and `encoder_stage` name the features. Default: the classifier's input. For the source
+            `logits` they are the classifier's input too, and it is the loss that compares the logits.
 
     Returns:
         The reading of the tap, with these features, and the network's outputs.
@@ -189,9 +190,7 @@ def read_network(
             raise
         raise InputError("affinity source 'encoder': this network does not return its hidden states") from error
     reading = tap.read()
-    if source == "logits":
-        reading = reading._replace(features=reading.logits)
-    elif source == "encoder":
+    if source == "encoder":
         features = encoder_features(
             outputs.hidden_states,
             affinity.encoder_stage,

@@ -256,9 +256,8 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
         """
         if model.training:
             self._freeze_statistics()
-        affinity = self.loss_function.affinity if isinstance(self.loss_function, PALSLoss) else None
         images = {name: value for name, value in inputs.items() if name not in ("labels", ID)}
-        reading, outputs = read_network(model, self._tap, images, affinity)
+        reading, outputs = read_network(model, self._tap, images, self.loss_function.affinity)
         loss, parts = network_loss(self.loss_function, reading, inputs["labels"], num_items_in_batch)
         # Gradients are averaged over processes, but the divisor counts the pixels of all processes.
         scale = 1 if num_items_in_batch is None else self.accelerator.num_processes

@@ -131,8 +131,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         flag = action.option_strings[0]
         if action.nargs in (0, "?"):
             return flag
-        placeholder = _METAVARS.get(action.type, "FILE" if "File" in (action.help or "")[:12] else "TEXT")
-        return f"{flag} {placeholder}{' ...' if action.nargs == '+' else ''}"
+        return f"{flag} {_METAVARS.get(action.type, 'TEXT')}{' ...' if action.nargs == '+' else ''}"
 
     def _get_help_string(self, action: argparse.Action) -> str:
         sentences = re.split(r"(?<=\.) (?=[A-Z])", action.help or "")
@@ -147,12 +146,10 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def with_recipe(argv: list[str], parser: OptionParser) -> list[str]:
     """Put the flags of the `--recipe` file before those of the command line, which win."""
-    finder = OneLineParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--recipe", type=Path)
-    recipe = finder.parse_known_args(argv)[0].recipe
+    recipe = parser.parse_known_args(argv)[0].recipe
     if recipe is None:
         return argv
-    return [*read_recipe(recipe, {action.dest for action in parser._actions}), *argv]
+    return [*read_recipe(Path(recipe), {action.dest for action in parser._actions}), *argv]
 
 
 def read_recipe(path: Path, known: set[str]) -> list[str]:

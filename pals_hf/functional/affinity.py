@@ -69,18 +69,15 @@ class Affinity:
         """Whether the labels decide which positions are compared."""
         return self.pairs == "same_class" or not self.unlabeled_keys
 
-    @classmethod
-    def names(cls) -> list[str]:
-        return [field.name for field in fields(cls)]
-
     def replace(self, settings: dict[str, Any]) -> Affinity:
         """Return a copy with some settings replaced.
 
         Raises:
             ValueError: there is no such setting, or a value is out of its range or of another type.
         """
-        if unknown := settings.keys() - set(self.names()):
-            raise ValueError(f"there is no setting {min(unknown)!r}; the settings are {', '.join(self.names())}")
+        names = [field.name for field in fields(self)]
+        if unknown := settings.keys() - set(names):
+            raise ValueError(f"there is no setting {min(unknown)!r}; the settings are {', '.join(names)}")
         try:
             return Affinity(**{**vars(self), **settings})
         except TypeError as error:  # a string is not compared with a number

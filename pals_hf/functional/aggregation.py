@@ -1,4 +1,4 @@
-"""The aggregated distribution q: predictions averaged over similar positions, as fused attention."""
+"""The aggregated distribution q: predictions averaged over similar positions."""
 
 import math
 from collections.abc import Sequence
@@ -46,9 +46,9 @@ def aggregate_probabilities(
     scores of few keys are computed directly, for some positions at a time.
 
     Args:
-        features: `(B, D, h, w)`, float32, bfloat16 or float16; they are normalised here. Their dtype is the dtype of
-            the attention: bfloat16 features give a relative error of about 1e-2 and are faster where the hardware
-            multiplies bfloat16 natively.
+        features: `(B, D, h, w)`, float32, bfloat16 or float16; they are normalised here. All pairs are compared in
+            their dtype: bfloat16 features give a relative error of about 1e-2 and are faster where the hardware
+            multiplies bfloat16 natively. Few keys are compared in float32.
         probabilities: `(B, C, h, w)`, the distribution of each position over the C classes.
         affinity: see [`Affinity`]. Its `temperature` and `source` describe how the two maps are made, and are not
             used here.
@@ -72,7 +72,7 @@ def aggregate_probabilities(
         return probabilities
     grid = features.shape[2:]
     stride = stride_of_keys(grid, affinity.keys)
-    pooled = None if stride == 1 else _block_means(features.float(), stride)
+    block_keys = None if stride == 1 else _unit_vectors(_block_means(features.float(), stride), torch.float32)
     tags = None
     if affinity.needs_labels and labels is not None:
         num_classes = probabilities.shape[1]
@@ -80,14 +80,13 @@ def aggregate_probabilities(
             pool_labels(labels, grid, num_classes, ignore_index, blocks).flatten(1) for blocks in (1, stride)
         )
         tags = _PairTags(of_positions, of_keys, num_classes, affinity, ignore_index)
-    own = probabilities.float().flatten(2).transpose(1, 2)  # (B, N, C)
-    q = own
+    q = own = _to_vectors(probabilities.float())  # (B, N, C)
     for _ in range(affinity.steps):
-        values = q if stride == 1 else _to_vectors(_block_means(q.transpose(1, 2).unflatten(2, grid), stride))
-        if pooled is None:
-            averaged = _average_over_positions(features, values, affinity, tags)
+        if block_keys is None:
+            averaged = _average_over_positions(features, q, affinity, tags)
         else:
-            averaged = _average_over_blocks(features, pooled, values, q, affinity, tags)
+            values = _block_means(q.transpose(1, 2).unflatten(2, grid), stride).flatten(2)
+            averaged = _average_over_blocks(features, block_keys, values, q, affinity, tags)
         q = affinity.weight * averaged + (1 - affinity.weight) * own if affinity.weight < 1.0 else averaged
     return q.transpose(1, 2).unflatten(2, grid).to(probabilities.dtype)
 
@@ -210,12 +209,11 @@ class _PairTags:
             tags.append(torch.full_like(labels, self.penalty, dtype=torch.float32)[..., None])
         return torch.cat(tags, dim=2)
 
-    def as_keys(self, part: slice = slice(None)) -> Tensor:
-        """The extra dimensions of some keys, `(B, m, T)`."""
-        labels = self.of_keys[:, part]
-        tags = [self._one_hot(labels)] if self.is_same_class else []
+    def as_keys(self) -> Tensor:
+        """The extra dimensions of the keys, `(B, M, T)`."""
+        tags = [self._one_hot(self.of_keys)] if self.is_same_class else []
         if self.skips_unlabeled:
-            tags.append(-(labels == self.ignore_index).float()[..., None])
+            tags.append(-(self.of_keys == self.ignore_index).float()[..., None])
         return torch.cat(tags, dim=2)
 
     def _one_hot(self, labels: Tensor) -> Tensor:
@@ -236,14 +234,13 @@ class _PairTags:
 
 
 def _average_over_blocks(
-    features: Tensor, pooled: Tensor, values: Tensor, own: Tensor, affinity: Affinity, tags: _PairTags | None
+    features: Tensor, keys: Tensor, values: Tensor, own: Tensor, affinity: Affinity, tags: _PairTags | None
 ) -> Tensor:
-    """Average over blocks, with features `pooled` `(B, D, h', w')` and `values` `(B, M, C)`: float32 `(B, N, C)`.
+    """Average `values` `(B, C, M)` over blocks with `keys` `(B, M, D)`: float32 `(B, N, C)`.
 
     With `affinity.include_self` the position itself, whose distribution is in `own` `(B, N, C)`, is one more key.
     """
-    keys = _unit_vectors(pooled, torch.float32) / affinity.tau
-    values, flat, q = values.transpose(1, 2), features.flatten(2), torch.empty_like(own)
+    keys, flat, q = keys / affinity.tau, features.flatten(2), torch.empty_like(own)
     at_once = max(1, _SCORES_AT_ONCE.get(own.device.type, _SCORES_AT_ONCE["cuda"]) // keys.shape[1])
     for start in range(0, own.shape[1], at_once):
         part = slice(start, start + at_once)
@@ -275,9 +272,10 @@ def _average_over_positions(features: Tensor, own: Tensor, affinity: Affinity, t
     """
     # Half precision would lose the small rest that a dominant own weight leaves to the other positions.
     dtype = features.dtype if affinity.include_self else torch.float32
-    keys, values = _unit_vectors(features, features.dtype).to(dtype), own
+    positions, values = _unit_vectors(features, features.dtype).to(dtype), own
     if tags is not None:
-        keys = torch.cat([keys, tags.as_keys().to(dtype)], dim=2)
+        positions = torch.cat([positions, tags.as_keys().to(dtype)], dim=2)
+    keys = positions
     if not affinity.include_self:
         sink = F.pad(keys.new_zeros(keys.shape[0], 1, keys.shape[2]), (0, 1), value=1.0)
         keys = torch.cat([F.pad(keys, (0, 1)), sink], dim=1)
@@ -292,13 +290,11 @@ def _average_over_positions(features: Tensor, own: Tensor, affinity: Affinity, t
     for start in range(0, own.shape[1], at_once):
         part = slice(start, start + at_once)
         queries = _unit_vectors(features.flatten(2)[:, :, part], features.dtype).to(dtype)
-        score = queries.float().square().sum(dim=2, keepdim=True)
         if tags is not None:
-            query_tags, own_tags = tags.as_queries(part), tags.as_keys(part)
-            score = score + (query_tags * own_tags).sum(dim=2, keepdim=True)
-            queries = torch.cat([queries, query_tags.to(dtype)], dim=2)
+            queries = torch.cat([queries, tags.as_queries(part).to(dtype)], dim=2)
         if not affinity.include_self:
-            queries = torch.cat([queries, score.to(dtype)], dim=2)
+            score = (queries * positions[:, part]).sum(dim=2, keepdim=True)
+            queries = torch.cat([queries, score], dim=2)
         with torch.autocast(own.device.type, enabled=False):
             head_queries = _to_head(queries, head_dim)
             attended = F.scaled_dot_product_attention(head_queries, head_keys, head_values, scale=1.0 / affinity.tau)

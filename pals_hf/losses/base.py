@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..functional import count_pixels
+from ..functional import Affinity, count_pixels
 
 
 class LossOutput(NamedTuple):
@@ -31,6 +31,7 @@ class SegmentationLoss(nn.Module):
         ValueError: `class_weights` is not one number of at least 0 for each class.
     """
 
+    affinity: Affinity | None = None  # of losses that compare positions
     distill_unlabeled = False
     class_weights: Tensor | None
     __call__: Callable[..., Tensor]

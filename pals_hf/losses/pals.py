@@ -44,8 +44,9 @@ class PALSLoss(SegmentationLoss):
 
     Inputs:
         `loss(logits, labels, features=None, num_items=None, beta=None, aggregated=None)`: see
-        [`SegmentationLoss.compute`]. Without `features` the logits are compared. `beta` replaces that of the module,
-        for a schedule. `aggregated` `(B, C, h, w)` replaces q, for a q from another network or view of the images.
+        [`SegmentationLoss.compute`]. Without `features`, and for the source `logits`, the logits are compared. `beta`
+        replaces that of the module, for a schedule. `aggregated` `(B, C, h, w)` replaces q, for a q from another
+        network or view of the images.
 
     Parts:
         the cross-entropies that the loss is mixed from, `one_hot`, `aggregated` and, with `distill_unlabeled`,
@@ -73,14 +74,15 @@ class PALSLoss(SegmentationLoss):
         super().__init__(ignore_index, class_weights)
         if not 0.0 <= beta <= 1.0:
             raise ValueError(f"beta must lie in [0, 1], got {beta}")
-        self.beta, self.affinity = beta, affinity
+        self.beta = beta
+        self.affinity: Affinity = affinity
         self.adaptive_beta, self.distill_unlabeled = adaptive_beta, distill_unlabeled
 
     @torch.no_grad()
     def aggregate(self, logits: Tensor, features: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Return the aggregated distribution q, float32 `(B, C, h, w)`, of logits and features on the same grid."""
         return aggregate_probabilities(
-            logits if features is None else features,
+            logits if features is None or self.affinity.source == "logits" else features,
             (logits.float() / self.affinity.temperature).softmax(dim=1),
             self.affinity,
             labels=labels,
