@@ -139,7 +139,8 @@ def refuse_other_training(checkpoint: Path, config: PALSConfig, manifest: Fracti
     """Refuse to resume a run with other training images or another loss, even if only the defaults have changed.
 
     Raises:
-        InputError: `checkpoint` was trained on other images or with another loss.
+        InputError: `checkpoint` was trained on other images, with another loss, or with a setting that this version
+            does not have.
     """
     recorded = checkpoint / MANIFEST
     # The manifest also names the folder of the data, which may have moved.
@@ -150,6 +151,11 @@ def refuse_other_training(checkpoint: Path, config: PALSConfig, manifest: Fracti
     card = CardData.load(checkpoint)
     began, now = {"loss": card.loss, **card.loss_settings}, {"loss": config.loss, **config.loss_settings}
     other = {name: value for name, value in began.items() if now.get(name) != value}
+    if gone := [name for name in other if not hasattr(config, name)]:
+        raise InputError(
+            f"{checkpoint} was trained by another version of pals_hf, with {gone[0]}={_as_flag(other[gone[0]])}, "
+            "which this version does not have. Start a new run, or resume it with the version that began it."
+        )
     if other:
         flags = shlex.join(word for name, value in other.items() for word in (f"--{name}", _as_flag(value)))
         raise InputError(f"{checkpoint} was trained with another loss. Resume it with {flags}, or start a new run.")

@@ -1,6 +1,7 @@
 """One run at a time in a folder, one history, and where a run goes on."""
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from test_trainer import config
 
 from pals_hf import PALSLoss, PALSTrainer
 from pals_hf.errors import InputError
+from pals_hf.model_card import CARD_DATA
 from pals_hf.run_folder import (
     discard_other_run,
     find_checkpoint,
@@ -85,6 +87,16 @@ class TestOtherTraining:
     def test_refuses_another_loss(self, tmp_path, began, flag):
         with pytest.raises(InputError, match=rf"was trained with another loss\. Resume it with {flag}, or start"):
             refuse_other_training(self.checkpoint(tmp_path, **began), config(tmp_path / "run"), None)
+
+    def test_refuses_a_setting_that_does_not_exist_any_more(self, tmp_path):
+        """No flag that could be advised would be accepted."""
+        checkpoint = self.checkpoint(tmp_path)
+        card = json.loads((checkpoint / CARD_DATA).read_text())
+        del card["loss_settings"]["affinity"]
+        card["loss_settings"] |= {"tau": 0.1, "beta": 0.3}
+        (checkpoint / CARD_DATA).write_text(json.dumps(card))
+        with pytest.raises(InputError, match=r"by another version of pals_hf, with tau=0\.1, which.*Start a new run"):
+            refuse_other_training(checkpoint, config(tmp_path / "run"), None)
 
     def test_every_option_of_the_loss_is_compared(self, tmp_path):
         options = inspect.signature(PALSLoss).parameters.keys() - {"ignore_index", "class_weights"}

@@ -4,8 +4,9 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import RAW_VOID
+from conftest import RAW_VOID, load_folder
 from launching import call
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -53,9 +54,25 @@ def test_sparse_labels(folder, tmp_path):
     assert read(tmp_path / "run" / "train_fraction.json")["available"] == 8
 
 
-def test_wrong_labels(folder, tmp_path):
+def test_wrong_labels(folder, tmp_path, monkeypatch):
+    """The trainer gets wrong labels of the training images, and the right ones of the validation images."""
+    given = []
+    build = study_train.train.build_trainer
+
+    def build_and_keep(args, config, data, manifest):
+        given.append(data)
+        return build(args, config, data, manifest)
+
+    monkeypatch.setattr(study_train.train, "build_trainer", build_and_keep)
     study_train.main(on_folder(folder, tmp_path / "run", "--label_noise", "0.5", *SHORT))
     assert read(tmp_path / "run" / "model_card.json")["settings"]["label_noise"] == 0.5
+    right = load_folder(folder)
+    assert masks_of(given[0].train) != masks_of(right.train)
+    assert masks_of(given[0].validation) == masks_of(right.validation)
+
+
+def masks_of(split):
+    return [np.asarray(row["labels"]).tolist() for row in split]
 
 
 @pytest.mark.parametrize(
