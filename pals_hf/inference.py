@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 from transformers.utils import logging
 
-from .data.checking import is_deep
+from .data.pictures import bits_of, count_pages, refuse_deep
 from .errors import InputError, first_line
 from .functional import entropy, upsample, upsample_argmax
 from .functional.fused import tiles
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
+
+logger = logging.get_logger(__name__)
 
 _ANIMATED = ("GIF", "PNG", "WEBP")  # in other formats, further pictures are previews or pages
 
@@ -87,9 +89,9 @@ def read_pictures(path: Path) -> Iterator[Image.Image]:
         if path.stat().st_size == 0:
             raise ValueError("the file is empty")
         with Image.open(path) as opened:
-            if is_deep(opened):
-                reason = f"images with more than 8 bits per channel (mode {opened.mode}) are not supported"
-                raise ValueError(f"{reason}. Convert the image to 8 bits.")
+            refuse_deep(opened, bits_of(opened))
+            if opened.format not in _ANIMATED and count_pages(opened) > 1:
+                logger.warning("%s has %d pages, of which only the first is read", path, count_pages(opened))
             for frame in ImageSequence.Iterator(opened) if opened.format in _ANIMATED else [opened]:
                 yield ImageOps.exif_transpose(frame).convert("RGB")
     except UnidentifiedImageError as error:

@@ -29,7 +29,7 @@ from .arguments import DataArguments, read_data
 from .ending import fail
 from .parser import OptionParser
 
-CONSTANT = 4.0  # standard deviation of grey values (0 to 255) below which an image counts as nearly constant
+CONSTANT = 4  # difference of an image's extreme values (0 to 255) below which it counts as nearly constant
 NUM_PICTURES = 6  # rows of inspection.png
 
 
@@ -72,6 +72,7 @@ def inspect(data: SegmentationData, args: InspectionArguments) -> dict[str, Any]
         "sizes": {name: sizes(split) for name, split in splits.items()},
         "classes": {name: class_table(split, data.id2label) for name, split in splits.items()},
         "fractions": [inspect_fraction(data, fraction, args) for fraction in args.fractions],
+        "notes": data.notes,
         "refused": data.skipped,
         "near_constant": {name: near_constant(split) for name, split in splits.items()},
         "duplicates": {name: duplicates(split) for name, split in splits.items()},
@@ -112,11 +113,11 @@ def inspect_fraction(data: SegmentationData, fraction: float, args: InspectionAr
 
 
 def near_constant(split: Dataset) -> list[str]:
-    """Return the ids of the images whose grey values hardly vary."""
+    """Return the ids of the images whose values hardly vary in any channel. Dark images may be as good as others."""
     return [
         row["id"]
         for row in split.select_columns(["id", "image"])
-        if np.asarray(row["image"].convert("L"), dtype=np.float32).std() < CONSTANT
+        if max(high - low for low, high in row["image"].convert("RGB").getextrema()) < CONSTANT
     ]
 
 
@@ -147,6 +148,8 @@ def print_report(report: dict[str, Any]) -> None:
     for part in report["fractions"]:
         if part["missed"]:
             print(f"The {part['fraction']:.0%} fraction has no image of: {', '.join(part['missed'])}")
+    for note in report["notes"]:
+        print(f"note: {note}")
     for split in ("train", "validation"):
         for identifier in report["near_constant"][split]:
             print(f"{split}/{identifier} is nearly constant: its pixels hardly differ")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -237,7 +238,7 @@ class FractionManifest:
             InputError: the file cannot be read, was changed after it was written, or lists an unknown image.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = unicodedata.normalize("NFC", Path(path).read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is not a readable fraction manifest: {error}") from error
         if not text.lstrip().startswith(("{", "[")):
@@ -293,7 +294,8 @@ def _ids_of_list(text: str, known: Iterable[str], path: str | os.PathLike) -> li
     """Return the ids that the lines of a published list refer to."""
     meant: dict[str, list[str]] = {}
     for identifier in known:
-        for key in {identifier, PurePosixPath(identifier).name}:
+        composed = unicodedata.normalize("NFC", identifier)
+        for key in {composed, PurePosixPath(composed).name}:
             meant.setdefault(key, []).append(identifier)
     ids: dict[str, None] = {}
     for number, line in enumerate(text.splitlines(), start=1):

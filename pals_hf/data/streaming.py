@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import InputError
 from .checking import read_pair
-from .classes import IGNORE_INDEX, Classes
+from .classes import IGNORE_INDEX, Classes, Palettes
 from .transforms import ID, seeded
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class StreamedDataset(IterableDataset):
         self.classes, self.transform, self.seed = classes, transform, seed
         self.ids = None if ids is None else frozenset(ids)
         self.skip_bad_samples = skip_bad_samples
+        self.palettes = Palettes()
         self.multiple_of = 1
         # In shared memory, so that persistent workers see a change of the epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -111,10 +112,11 @@ class StreamedDataset(IterableDataset):
 
     def load(self, row: dict[str, Any], epoch: int, is_filler: bool) -> dict[str, Tensor | str]:
         """Decode, check and transform one example."""
-        image, labels, _ = read_pair(row, self.classes)
-        labels = PILImage.fromarray(np.full_like(labels, IGNORE_INDEX) if is_filler else labels)
+        pair = read_pair(row, self.classes)
+        self.palettes.add(pair.mask_name, pair.colors)
+        labels = PILImage.fromarray(np.full_like(pair.labels, IGNORE_INDEX) if is_filler else pair.labels)
         with seeded(self.seed, epoch, row["id"]):
-            return {**self.transform(image, labels), ID: row["id"]}
+            return {**self.transform(pair.image, labels), ID: row["id"]}
 
 
 class PendingExample:
