@@ -183,8 +183,8 @@ class Classes:
             return shown
         differing = values != shown
         raise InputError(
-            f"it stores the value {values[differing][0]} where it shows the grey {shown[differing][0]}, and both may be "
-            "class indices. Save the mask in grey, without a palette."
+            f"it stores the value {values[differing][0]} where it shows the grey {shown[differing][0]}, and both may "
+            "be class indices. Save the mask in grey, without a palette."
         )
 
     def _knows(self, values: np.ndarray) -> bool:

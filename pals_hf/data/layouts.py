@@ -235,13 +235,13 @@ def _pair(images: Path, masks: Path | None) -> list[Record]:
     candidates = _files_below(masks)
     records = []
     for name, image in pictures.items():
-        found = next((name + ending for ending in _MASK_ENDINGS if name + ending in candidates), None)
-        if found is None:
-            others = (
-                f" The masks there have other names, like {next(iter(candidates.values()))}." if candidates else ""
-            )
-            raise InputError(f"{image} has no mask. Add {masks / name}.png.{'' if records else others}")
-        records.append(Record(name, image, candidates.pop(found)))
+        mask = next((candidates.pop(name + ending) for ending in _MASK_ENDINGS if name + ending in candidates), None)
+        records.append(Record(name, image, mask))
+    missing = next((record for record in records if record.labels is None), None)
+    if missing is not None:
+        is_alone = any(record.labels for record in records) or not candidates
+        hint = "" if is_alone else f" The masks there have other names, like {next(iter(candidates.values()))}."
+        raise InputError(f"{missing.image} has no mask. Add {masks / missing.id}.png.{hint}")
     for path in candidates.values():
         raise InputError(f"{path} has no image in {images}. Add the image, or remove the mask.")
     for record in records:
@@ -271,7 +271,7 @@ def _files_below(folder: Path, endings: tuple[str, ...] = _IMAGE_SUFFIXES) -> di
             continue
         key = unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
         if key in found:
-            raise InputError(f"{path} and {found[key]} have the same name. Rename or remove one of them.")
+            raise InputError(f"{found[key]} and {path} have the same name. Rename or remove one of them.")
         found[key] = path
     return dict(sorted(found.items()))
 
