@@ -390,6 +390,49 @@ class TestTwoProcesses:
             assert streamed[name] == loaded[name]
 
 
+class TestClassesOfACheckpoint:
+    """They are matched to those of the data by name."""
+
+    def test_in_another_order(self, folder, tmp_path):
+        """The same images, with masks that number the same classes otherwise."""
+        train.main(on_folder(folder, tmp_path / "trained", *SHORT))
+        score = ["--eval_only", "--model_name_or_path", str(tmp_path / "trained"), "--disable_tqdm", "True"]
+        train.main(on_folder(folder, tmp_path / "before", *score))
+        names = json.loads((folder / "id2label.json").read_text())
+        number = np.arange(256, dtype=np.uint8)
+        number[:4] = [2, 0, 3, 1]
+        changed = {int(number[int(value)]): name for value, name in names.items()}
+        (folder / "id2label.json").write_text(json.dumps(changed))
+        for path in folder.glob("*/masks/*.png"):
+            Image.fromarray(number[np.array(Image.open(path))]).save(path)
+        train.main(on_folder(folder, tmp_path / "after", *score))
+        before, after = (read(tmp_path / name / "eval_results.json") for name in ("before", "after"))
+        order = [1, 3, 0, 2]
+        assert after["eval_per_category_iou"] == [before["eval_per_category_iou"][index] for index in order]
+        assert after["eval_overall_accuracy"] == before["eval_overall_accuracy"]
+
+    def test_of_other_names(self, folder, tmp_path, capsys):
+        train.main(on_folder(folder, tmp_path / "trained", *SHORT))
+        (folder / "id2label.json").write_text(json.dumps(["ground", "wall", "sky", "bus"]))
+        score = ["--eval_only", "--model_name_or_path", str(tmp_path / "trained")]
+        with pytest.raises(SystemExit):
+            train.main(on_folder(folder, tmp_path / "scored", *score))
+        message = capsys.readouterr().err
+        assert "predicts the classes 0: ground, 1: wall, 2: sky, 3: car, but the data set has 0: ground" in message
+        assert not (tmp_path / "scored").exists()
+
+
+def test_says_what_of_the_data_is_not_used(folder, tmp_path, capsys):
+    shutil.copytree(folder / "val", folder / "more")
+    path = folder / "train" / "masks" / "street 0.png"
+    Image.fromarray(np.minimum(np.array(Image.open(path)), 1)).save(path)
+    (tmp_path / "list.txt").write_text("street 0")
+    train.main(on_folder(folder, tmp_path / "run", "--train_manifest", str(tmp_path / "list.txt"), *SHORT))
+    message = capsys.readouterr().err
+    assert f"note: {folder / 'more' / 'images'} has 5 images that are not used" in message
+    assert "note: no training image shows sky, car" in message
+
+
 class TestWrongInput:
     """One line that names what is wrong, exit code 2, no traceback, nothing written."""
 
@@ -458,6 +501,13 @@ class TestWrongInput:
     )
     def test_flags(self, fails, extra, parts):
         fails(*parts, extra=extra)
+
+    def test_chosen_images_of_one_class(self, fails, folder):
+        path = folder / "train" / "masks" / "street 0.png"
+        Image.fromarray(np.zeros((32, 48), dtype=np.uint8)).save(path)
+        (folder / "list.txt").write_text("street 0")
+        parts = ["the 1 chosen training images have labels of the class 'ground' only", "Choose more images"]
+        fails(*parts, extra=["--train_manifest", str(folder / "list.txt")])
 
     def test_image_without_mask(self, fails, folder):
         (folder / "train" / "masks" / "street 1.png").unlink()
