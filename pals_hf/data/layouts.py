@@ -87,7 +87,7 @@ def read_layout(root: str | Path) -> Layout:
 
 def read_cityscapes(root: Path) -> Layout:
     """Read `leftImg8bit/SPLIT/CITY/*_leftImg8bit.png` and `gtFine/SPLIT/CITY/*_gtFine_labelIds.png`."""
-    splits = {}
+    splits, notes = {}, []
     for split, name in (("train", "train"), ("validation", "val"), ("test", "test")):
         folder = root / "leftImg8bit" / name
         if not folder.is_dir():
@@ -98,7 +98,11 @@ def read_cityscapes(root: Path) -> Layout:
             mask = root / "gtFine" / name / f"{stem}_gtFine_labelIds.png"
             records.append(Record(stem, image, None if split == "test" else _existing(mask, image)))
         splits[split] = records
-    return Layout("Cityscapes", root, _with_train(splits, root / "leftImg8bit" / "train"), "cityscapes")
+        if split != "test":
+            masks = _files_below(root / "gtFine" / name, ("_gtFine_labelIds.png",))
+            notes += _without_image(root / "gtFine" / name, len(masks) - len(records))
+    splits = _with_train(splits, root / "leftImg8bit" / "train")
+    return Layout("Cityscapes", root, splits, "cityscapes", tuple(notes))
 
 
 def read_voc2012(root: Path) -> Layout:
@@ -124,7 +128,9 @@ def read_voc2012(root: Path) -> Layout:
                 mask = with_sbd if with_sbd.is_file() else mask
             records.append(Record(identifier, image, None if split == "test" else _existing(mask, image)))
         splits[split] = records
-    return Layout(name, root, _with_train(splits, lists / "train.txt"), "voc2012")
+    listed = {record.id for records in splits.values() for record in records}
+    notes = _without_image(masks, sum(name not in listed for name in _files_below(masks)), "that are in no list")
+    return Layout(name, root, _with_train(splits, lists / "train.txt"), "voc2012", tuple(notes))
 
 
 def read_ade20k(root: Path) -> Layout:
@@ -317,6 +323,10 @@ def _below(folder: Path, name: str, source: Path) -> Path:
         raise InputError(f"{source}: {name!r} is outside of {folder}. Remove the line.")
     forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
     return next((form for form in (path, *forms) if form.exists()), path)
+
+
+def _without_image(folder: Path, number: int, why: str = "without an image") -> list[str]:
+    return [f"{folder} has {number} masks {why}, which are not used"] if number else []
 
 
 def _existing(path: Path, wanted_by: Path) -> Path:

@@ -246,6 +246,17 @@ class TestNothingIsLeftOutInSilence:
         unused = ("holdout/images", "holdout/masks", "test/masks")
         assert data.notes == tuple(f"{folder / name} has 5 images that are not used" for name in unused)
 
+    def test_masks_without_an_image_or_outside_of_the_lists(self, tmp_path):
+        root = data_sets.cityscapes(tmp_path / "cityscapes")
+        next((root / "leftImg8bit" / "val" / "frankfurt").iterdir()).unlink()
+        note = f"{root / 'gtFine' / 'val'} has 1 masks without an image, which are not used"
+        assert load_segmentation_dataset(dataset_dir=root).notes == (note,)
+        home = data_sets.voc2012(tmp_path / "voc") / "VOCdevkit" / "VOC2012"
+        assert load_segmentation_dataset(dataset_dir=home).notes == ()
+        (home / "ImageSets" / "Segmentation" / "train.txt").write_text("2007_000032\n2007_000039\n")
+        note = f"{home / 'SegmentationClass'} has 1 masks that are in no list, which are not used"
+        assert load_segmentation_dataset(dataset_dir=home).notes == (note,)
+
     @pytest.mark.parametrize("copy", ["train/imgs", "images/train", "training/images", "train/labels"])
     def test_two_folders_for_one_thing(self, folder, copy):
         shutil.copytree(folder / "train" / ("masks" if "labels" in copy else "images"), folder / copy)
