@@ -50,7 +50,7 @@ def report(
 
 
 def load_finished(
-    checkpoint: str, id2label: dict[int, str], device: str | torch.device
+    checkpoint: str, id2label: dict[int, str], device: str | torch.device | None
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """Load a trained model as `from_pretrained` gives it to its users, with its outputs in the order of the classes.
 

@@ -247,6 +247,18 @@ class TestFolder:
         assert (args.void_labels, args.overwrite) == ([7], True)
         assert config.max_steps == 2  # the command line wins
 
+    def test_random_weights_learn_at_a_rate_of_their_own(self, folder, tmp_path):
+        def rate(*flags):
+            return train.parse_arguments(on_folder(folder, tmp_path, *flags), TrainArguments)[1].learning_rate
+
+        model = ["--model_name_or_path", "some/model"]
+        assert rate() == rate(*model, "--from_scratch") == 2e-3
+        assert rate(*model) == 2e-4
+        assert rate("--learning_rate", "1e-4") == 1e-4
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("learning_rate: 3e-4")
+        assert rate("--recip", str(recipe)) == 3e-4
+
     def test_config_fields_are_flags(self, folder, tmp_path):
         arguments = on_folder(folder, tmp_path, "--preset", "paper", "--freeze_batch_norm", "True")
         arguments += ["--affinity", '{"tau": 0.2}', "--lr_scheduler_kwargs", '{"power": 2.0}']
