@@ -24,6 +24,7 @@ from .checkpoints import (
     publish_files,
 )
 from .errors import InputError, TrainingError, first_line
+from .pretrained import loading
 
 logger = logging.get_logger(__name__)
 
@@ -135,12 +136,10 @@ class AtomicCheckpointTrainer(Trainer):
         """
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        try:
+        with loading(f"checkpoint {resume_from_checkpoint} cannot be loaded"):
             restored, info = type(self.model).from_pretrained(
                 resume_from_checkpoint, config=self.model.config, dtype=self.model.dtype, output_loading_info=True
             )
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"checkpoint {resume_from_checkpoint} cannot be loaded: {first_line(error)}") from error
         if info["missing_keys"]:
             raise InputError(f"checkpoint {resume_from_checkpoint} lacks the weights {sorted(info['missing_keys'])}")
         self.model.load_state_dict(restored.state_dict())

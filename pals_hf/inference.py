@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 from transformers.utils import logging
 
 from .data.pictures import bits_of, count_pages, refuse_deep
 from .errors import InputError, first_line
 from .functional import entropy, upsample, upsample_argmax
 from .functional.fused import tiles
+from .pretrained import load_config, load_network, load_processor
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
@@ -51,16 +50,11 @@ def load_for_inference(
     Raises:
         InputError: the model cannot be loaded, it is not a trained segmentation model, or the device does not exist.
     """
-    where = "" if Path(name_or_path).exists() else "there is no such folder, and the Hub gives: "
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # missing weights are reported in one line below
     try:
-        model, info = AutoModelForSemanticSegmentation.from_pretrained(
-            name_or_path, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-        processor = AutoImageProcessor.from_pretrained(name_or_path)
-    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise InputError(f"cannot load the model {name_or_path!r}: {where}{first_line(error)}") from error
+        model, info = load_network(name_or_path, load_config(name_or_path))
+        processor = load_processor(name_or_path, "the model")
     finally:
         logging.set_verbosity(verbosity)
     # The encoder of a classifier also loads, but with a random head.

@@ -10,19 +10,12 @@ from httpx2 import HTTPError
 from huggingface_hub import _CACHED_NO_EXIST, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForSemanticSegmentation,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    SegformerImageProcessor,
-)
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
-from .errors import InputError, first_line
+from .errors import InputError
+from .pretrained import load_config, load_network, load_processor, new_network
 from .tap import ClassifierTap, refuse_unsuitable
 
 if TYPE_CHECKING:
@@ -59,10 +52,7 @@ def build_model(
             label2id=label2id,
         )
         return SegformerForSemanticSegmentation(config)
-    try:
-        config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the model {name_or_path!r}: {first_line(error)}") from error
+    config = load_config(name_or_path)
     names = config.id2label
     config.id2label, config.label2id = id2label, label2id
     if from_scratch:  # not where the weights are from
@@ -77,19 +67,10 @@ def build_model(
     if hasattr(config, "use_auxiliary_head"):
         config.use_auxiliary_head = False
     if from_scratch:
-        model = AutoModelForSemanticSegmentation.from_config(config, dtype=torch.float32)
+        model = new_network(name_or_path, config)
         _start_new_classifier(model, {f"{_classifier_of(model)[0]}.weight"})
         return model
-    try:
-        model, info = AutoModelForSemanticSegmentation.from_pretrained(
-            name_or_path,
-            config=config,
-            ignore_mismatched_sizes=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (ImportError, OSError, SafetensorError) as error:
-        raise InputError(f"cannot load the model {name_or_path!r}: {first_line(error)}") from error
+    model, info = load_network(name_or_path, config, dtype=torch.float32)
     new = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
     classifier = f"{_classifier_of(model)[0]}.weight"
     if classifier not in new and not match_classes(model, names, id2label):
@@ -177,12 +158,10 @@ def build_image_processor(name_or_path: str | None, image_size: tuple[int, int] 
     processor = SegformerImageProcessor()
     if name_or_path is not None:
         try:
-            processor = AutoImageProcessor.from_pretrained(name_or_path)
-        except OSError as error:  # also where there is none
-            if not _has_no_processor(name_or_path):
-                raise InputError(
-                    f"cannot load the image processor of {name_or_path!r}: {first_line(error)}{_remedy(name_or_path)}"
-                ) from error
+            processor = load_processor(name_or_path)
+        except InputError as error:
+            if not (isinstance(error.__cause__, OSError) and _has_no_processor(name_or_path)):
+                raise InputError(f"{error}{_remedy(name_or_path)}") from error
     processor.do_resize = image_size is not None
     if image_size is not None:
         processor.size = type(processor)(size={"height": image_size[0], "width": image_size[1]}).size
@@ -209,7 +188,7 @@ def _has_no_processor(name_or_path: str) -> bool:
 
 
 def _remedy(name_or_path: str) -> str:
-    if Path(name_or_path).is_dir():
+    if Path(name_or_path).exists():
         return ""
     download = f"`hf download {name_or_path} {IMAGE_PROCESSOR_NAME}`"
     return f". On a machine that reaches the Hub, {download} fetches the file, or records that it does not exist"
