@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,18 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """Read a file. Pipes and devices are refused, because reading them may never end.
+
+    Raises:
+        OSError: the file cannot be read, or is not a regular file.
+    """
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(f"{path.name} is not a regular file")
+    return path.read_bytes()
+
+
 def read_json(path: str | os.PathLike) -> Any:
     """Read a JSON file as UTF-8, with or without a byte order mark.
 
@@ -21,15 +35,42 @@ def read_json(path: str | os.PathLike) -> Any:
         InputError: the file cannot be read, or is not JSON. The error's cause is a `FileNotFoundError` if it is
             missing.
     """
-    path = Path(path)
     try:
-        if path.exists() and not path.is_file():  # reading a pipe would wait forever
-            raise ValueError("it is not a file")
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(read_bytes(path).decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
     except RecursionError as error:
         raise InputError(f"{path} is not readable JSON: it is nested too deeply") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable JSON: {first_line(error)}") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build the object of a JSON file. Python would keep the last of several entries with one key."""
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"it has two entries {next(key for key in keys if keys.count(key) > 1)!r}")
+    return dict(pairs)
+
+
+def walk(root: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Yield `root` and each folder below it, with the names of the files in it. Hidden folders are left out.
+
+    Links to folders are followed, but each folder is visited once, under its own name if that is below `root`: links
+    in a circle would never end.
+    """
+    top = os.path.realpath(root)
+    seen = {top}
+
+    def is_new(path: str) -> bool:
+        real = os.path.realpath(path)
+        inside = Path(real).relative_to(top).parts if Path(real).is_relative_to(top) else (".",)
+        if real in seen or (os.path.islink(path) and not any(part.startswith(".") for part in inside)):
+            return False
+        seen.add(real)
+        return True
+
+    for place, folders, files in os.walk(root, onerror=onerror, followlinks=True):
+        yield place, files
+        folders[:] = [name for name in sorted(folders) if name[0] != "." and is_new(os.path.join(place, name))]
 
 
 def atomic_write_bytes(path: Path, content: bytes) -> None:
@@ -48,6 +89,19 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a text file as UTF-8, see [`atomic_write_bytes`]."""
     atomic_write_bytes(path, text.encode())
+
+
+def make_folder(folder: str | os.PathLike) -> Path:
+    """Create a folder for results, unless it exists.
+
+    Raises:
+        InputError: it cannot be created.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be created: {error.strerror}") from error
+    return Path(folder)
 
 
 def write_result(path: str | os.PathLike, result: str | bytes | Image) -> None:

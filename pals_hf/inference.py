@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers.utils import logging
 
 from .data.pictures import bits_of, count_pages, refuse_deep
 from .errors import InputError, first_line
+from .files import read_bytes
 from .functional import entropy, upsample, upsample_argmax
 from .functional.fused import tiles
 from .pretrained import load_config, load_network, load_processor
@@ -80,9 +82,10 @@ def read_pictures(path: Path) -> Iterator[Image.Image]:
         InputError: the file cannot be decoded. Damaged animations raise it after the frames before the damage.
     """
     try:
-        if path.stat().st_size == 0:
+        content = read_bytes(path)
+        if not content:
             raise ValueError("the file is empty")
-        with Image.open(path) as opened:
+        with Image.open(io.BytesIO(content)) as opened:
             refuse_deep(opened, bits_of(opened))
             if opened.format not in _ANIMATED and count_pages(opened) > 1:
                 logger.warning("%s has %d pages, of which only the first is read", path, count_pages(opened))

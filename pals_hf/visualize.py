@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .data import IGNORE_INDEX
+from .files import write_result
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor
 
 _GAP = 4
@@ -80,7 +84,7 @@ def prediction_sheet(
             sheet.paste(picture.resize(size, method), (index * (column + _GAP), y))
         y += size[1] + _GAP
     sheet.paste(names, (columns * (column + _GAP), _TITLE_HEIGHT))
-    sheet.save(path)
+    write_result(path, sheet)
 
 
 def legend(entries: Iterable[tuple[str, Sequence[int]]], font_size: int = _FONT_SIZE) -> Image.Image:
@@ -169,7 +173,7 @@ def training_curves(log_history: list[dict[str, Any]], path: str | os.PathLike) 
         axis.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None)
         axis.set(xlabel="step", title=title)
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    _write_figure(figure, path)
 
 
 def reliability_diagram(bins: Sequence[Sequence[float | None]], path: str | os.PathLike) -> None:
@@ -187,4 +191,10 @@ def reliability_diagram(bins: Sequence[Sequence[float | None]], path: str | os.P
     axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     axis.plot(*zip(*filled, strict=True), marker=".")
     axis.set(xlabel="confidence", ylabel="accuracy", title="calibration")
-    figure.savefig(path, dpi=110)
+    _write_figure(figure, path)
+
+
+def _write_figure(figure: Figure, path: str | os.PathLike) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format=Path(path).suffix.removeprefix(".") or "png", dpi=110)
+    write_result(path, picture.getvalue())

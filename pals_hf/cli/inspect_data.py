@@ -15,7 +15,6 @@ import json
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from datasets import Dataset
 
 from ..data import FractionManifest, SegmentationData
 from ..errors import InputError
+from ..files import make_folder, write_result
 from ..options import IMAGES, RUN, option
 from ..visualize import prediction_sheet
 from .arguments import DataArguments, read_data
@@ -47,15 +47,14 @@ def main(argv: list[str] | None = None) -> None:
         (args,) = OptionParser(InspectionArguments, __doc__).parse(sys.argv[1:] if argv is None else argv)
         data = read_data(args, skip_bad_samples=True)
         report = inspect(data, args)
+        folder = make_folder(args.output_dir)
+        write_result(folder / "inspection.json", json.dumps(report, indent=2, ensure_ascii=False))
+        # The first images of a balanced draw cover as many classes as possible.
+        chosen = FractionManifest.draw(data.train, count=min(NUM_PICTURES, len(data.train)), method="balanced")
+        rows = [(row["image"], row["labels"]) for row in chosen.select(data.train)]
+        prediction_sheet(rows, data.id2label, folder / "inspection.png", data.colors)
     except InputError as error:
         fail(error)
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "inspection.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
-    # The first images of a balanced draw cover as many classes as possible.
-    chosen = FractionManifest.draw(data.train, count=min(NUM_PICTURES, len(data.train)), method="balanced")
-    rows = [(row["image"], row["labels"]) for row in chosen.select(data.train)]
-    prediction_sheet(rows, data.id2label, folder / "inspection.png", data.colors)
     print_report(report)
     print(f"\ninspection.json and inspection.png are in {folder}")
     sys.exit(1 if report["refused"] else 0)

@@ -24,6 +24,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 
 from ..errors import InputError, first_line
+from ..files import read_bytes
 from .classes import Classes, Color, Palettes
 from .pictures import decode_picture, orientation_of_mask, refuse_deep, turn
 
@@ -306,7 +307,7 @@ def _decode(example: dict[str, Any], column: str) -> tuple[Picture, str, str]:
     if encoded["bytes"] is None and encoded["path"] is None:
         raise InputError(f"{name} is empty: it has neither bytes nor a path")
     try:
-        content = encoded["bytes"] if encoded["bytes"] is not None else Path(encoded["path"]).read_bytes()
+        content = encoded["bytes"] if encoded["bytes"] is not None else read_bytes(encoded["path"])
     except (OSError, ValueError) as error:
         raise InputError(f"{name} is not a readable image: {first_line(error)}") from error
     return decode_picture(content, name), hashlib.sha256(content).hexdigest(), name

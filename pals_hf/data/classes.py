@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import InputError
+from ..files import read_bytes, read_json
 from .pictures import is_inverted
 
 if TYPE_CHECKING:
@@ -313,26 +314,17 @@ def _check_names(names: Iterable[str], source: str | Path) -> None:
 
 def _read_json(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
-    except FileNotFoundError as error:
+        return read_json(path)
+    except InputError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
         raise InputError(f"{path} is missing. It must name the classes, like {{'0': 'sky', '1': 'road'}}.") from error
-    except (OSError, RecursionError, ValueError) as error:
-        raise InputError(f"{path} is not readable JSON: {error}") from error
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Build the object of a JSON file. Python would keep the last of several entries with one key."""
-    keys = [key for key, _ in pairs]
-    twice = next((key for key in keys if keys.count(key) > 1), None)
-    if twice is not None:
-        raise ValueError(f"it has two entries {twice!r}")
-    return dict(pairs)
 
 
 def _read_color_lines(path: Path) -> list[tuple[str, Color]]:
     """Read lines `red green blue name`, as in CamVid's `label_colors.txt`, or `name:red,green,blue::` of CVAT."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_bytes(path).decode("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not a readable palette file: {error}") from error
     entries = []

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ..errors import InputError
+from ..files import walk
 
 _IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm")
 _IMAGE_SUFFIXES += (".tif", ".tiff", ".webp")
@@ -292,8 +293,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     Raises:
         InputError: a folder cannot be read, or a name is not UTF-8.
     """
-    for place, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for place, files in walk(folder, onerror=_unreadable):
         for name in sorted(files):
             path = Path(place, name)
             try:

@@ -38,7 +38,7 @@ def decode_picture(content: bytes, name: str) -> Picture:
         picture.load()
     except PILImage.UnidentifiedImageError as error:
         raise InputError(f"{name} is not a readable image: its format is not known") from error
-    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise many types of errors for damaged files
         raise InputError(f"{name} is not a readable image: {first_line(error)}") from error
     if pages > 1:
         raise InputError(f"{name} has {pages} pages or frames, but must have one. Save each of them as a file.")

@@ -1,6 +1,9 @@
 """Images and masks of every kind, and the cache of the checks."""
 
+import contextlib
 import errno
+import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -8,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import RAW_VOID, load_folder, rewrite_mask
+from launching import time_limit
 from PIL import Image as PILImage
 from PIL import ImageOps
 
@@ -238,3 +242,36 @@ def test_what_a_disk_failed_to_read_is_read_again(folder, monkeypatch):
 def test_several_processes_check_the_same(folder):
     with_one, with_two = load_folder(folder), load_folder(folder, void_labels=[RAW_VOID, 77], num_proc=2)
     assert with_one.train["labels_sha256"] == with_two.train["labels_sha256"]
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_what_is_no_file_ends_in_one_line(kind, folder):
+    path = sorted((folder / "train" / kind).iterdir())[0]
+    for replace in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        path.unlink()
+        replace(path)
+        with (
+            time_limit(60),
+            pytest.raises(InputError, match=f"{path.name} is not a readable image: .*not a regular file"),
+        ):
+            load_folder(folder)
+
+
+def test_damage_of_any_kind_ends_in_one_line():
+    """Decoders raise `struct.error`, `EOFError` and others for damaged bytes."""
+    generator, mask, turned = np.random.default_rng(0), io.BytesIO(), PILImage.Exif()
+    PILImage.new("L", (60, 40)).save(mask, "png")
+    turned[0x0112] = 6
+    classes = checking.Classes.from_names({0: "sky", 1: "road"})
+    for form in ("png", "jpeg", "tiff", "webp", "gif", "bmp"):
+        whole = io.BytesIO()
+        PILImage.effect_noise((60, 40), 50).convert("RGB").save(whole, form, exif=turned)
+        for _ in range(60):
+            content = bytearray(whole.getvalue())
+            for place in generator.integers(0, min(len(content), 400), 3):
+                content[place] = generator.integers(0, 256)
+            row = {"image": bytes(content), "labels": mask.getvalue()}
+            with contextlib.suppress(InputError):
+                checking.read_pair(
+                    {"id": "a"} | {name: {"bytes": b, "path": None} for name, b in row.items()}, classes
+                )

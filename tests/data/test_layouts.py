@@ -7,9 +7,11 @@ import shutil
 import data_sets
 import numpy as np
 import pytest
+from launching import time_limit
 from PIL import Image as PILImage
 
 from pals_hf import load_segmentation_dataset
+from pals_hf.data.layouts import read_layout
 from pals_hf.errors import InputError
 
 
@@ -391,3 +393,16 @@ class TestParquet:
         pq.write_table(pa.table(rows), tmp_path / "mine.parquet")
         data = load_segmentation_dataset(str(tmp_path / "mine.parquet"), id2label={0: "a", 1: "b"})
         assert (len(data.train), len(data.validation)) == (4, 1)
+
+
+def test_links_in_a_circle_are_followed_once(tmp_path):
+    """Two links to their own folder make 2**40 paths, after which the system gives up."""
+    for kind in ("images", "masks"):
+        folder = tmp_path / "train" / kind
+        (folder / "city").mkdir(parents=True)
+        (folder / "city" / "a.png").touch()
+        for name in ("a link before it", "one", "two"):
+            (folder / name).symlink_to("city" if name[0] == "a" else ".")
+    with time_limit(60):
+        records = read_layout(tmp_path).splits["train"]
+    assert [record.id for record in records] == ["city/a"]
