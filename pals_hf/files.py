@@ -8,7 +8,8 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from .errors import InputError, first_line
 
@@ -49,6 +50,25 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(set(keys)) < len(keys):
         raise ValueError(f"it has two entries {next(key for key in keys if keys.count(key) > 1)!r}")
     return dict(pairs)
+
+
+def has_type(value: Any, hint: Any) -> bool:
+    """Return whether a value read from JSON has the type of an annotation. An int is a float, a bool is neither."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if hint is Any:
+        return True
+    if kind in (Union, UnionType):
+        return any(has_type(value, part) for part in parts)
+    if is_typeddict(hint):
+        hints = get_type_hints(hint)
+        return isinstance(value, dict) and all(key in value and has_type(value[key], hints[key]) for key in hints)
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    if not isinstance(value, kind):
+        return False
+    if kind is dict and parts:
+        return all(has_type(key, parts[0]) and has_type(part, parts[1]) for key, part in value.items())
+    return not parts or all(has_type(part, parts[0]) for part in value)  # a list, or a tuple of any length
 
 
 def walk(root: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:

@@ -18,15 +18,14 @@ from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import TYPE_CHECKING, Any, TypedDict, get_type_hints
 from urllib.parse import quote
 
 from markupsafe import Markup
 
 from .config import POLY, PALSConfig
 from .errors import InputError, first_line
-from .files import atomic_write_text, read_json
+from .files import atomic_write_text, has_type, read_json
 from .losses import PRESETS
 
 if TYPE_CHECKING:
@@ -249,25 +248,6 @@ class CardData:
         contents = {CARD_DATA: json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", CARD: render(self)}
         for name, content in contents.items():
             atomic_write_text(Path(folder) / name, content)
-
-
-def has_type(value: Any, hint: Any) -> bool:
-    """Return whether a value read from JSON has the type of an annotation. An int is a float, a bool is neither."""
-    kind, parts = get_origin(hint) or hint, get_args(hint)
-    if hint is Any:
-        return True
-    if kind in (Union, UnionType):
-        return any(has_type(value, part) for part in parts)
-    if is_typeddict(hint):
-        hints = get_type_hints(hint)
-        return isinstance(value, dict) and all(key in value and has_type(value[key], hints[key]) for key in hints)
-    if kind in (int, float):
-        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-    if not isinstance(value, kind):
-        return False
-    if kind is dict and parts:
-        return all(has_type(key, parts[0]) and has_type(part, parts[1]) for key, part in value.items())
-    return not parts or all(has_type(part, parts[0]) for part in value)  # a list, or a tuple of any length
 
 
 def _shortened(value: Any) -> str:

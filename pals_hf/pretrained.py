@@ -31,11 +31,12 @@ _EXPLAINED = (ImportError, OSError, RuntimeError, ValueError)  # errors whose me
 
 
 @contextmanager
-def loading(failure: str) -> Iterator[None]:
+def loading(failure: str, remedy: str = "") -> Iterator[None]:
     """Turn every error of the block, in which libraries read files of others, into one line.
 
     Args:
         failure: the beginning of the message, which says what cannot be loaded.
+        remedy: the end of the message.
 
     Raises:
         InputError: the block raised an error.
@@ -45,12 +46,12 @@ def loading(failure: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # damaged files make transformers, torch, pickle and safetensors raise any type
-        raise InputError(f"{failure}: {_reason(error)}") from error
+        raise InputError(f"{failure}: {_reason(error)}{remedy and f'. {remedy}'}") from error
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):  # its message tells to switch the protection off
-        return "a pickled file of it is damaged, or contains code. Use a model with weights in safetensors."
+    if isinstance(error, pickle.UnpicklingError):  # its own message tells to switch the protection off
+        return "a pickled file is damaged, or contains code, which pals_hf never runs"
     if isinstance(error, RecursionError):
         return "a file of it is nested too deeply"
     if "custom code" in str(error):

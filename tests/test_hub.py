@@ -11,13 +11,24 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import hub
 import pytest
 from launching import launcher
 from test_checkpoints import write_checkpoint
 
-from pals_hf.hub import NOT_OF_THE_RUN, RUN_FILES, _how_to_push, _matches, _newest_checkpoint, push_command
+from pals_hf.checkpoints import step_of
+from pals_hf.errors import InputError
+from pals_hf.hub import (
+    NOT_OF_THE_RUN,
+    RUN_FILES,
+    _how_to_push,
+    _matches,
+    _newest_checkpoint,
+    download_checkpoint,
+    push_command,
+)
 
 CLIENT = Path(__file__).parent / "hub_client.py"
 IS_REAL = "PALS_HF_TESTS_ON_REAL_HUB" in os.environ
@@ -116,6 +127,39 @@ def test_only_files_of_the_run_itself_are_pushed():
 def test_the_newest_checkpoint_of_either_kind(folders, newest):
     paths = ["README.md", *(f"{folder}/trainer_state.json" for folder in folders)]
     assert _newest_checkpoint(paths, {"last-checkpoint": 100}.__getitem__) == newest
+
+
+@pytest.mark.parametrize("step", ["../../../x", "1", -1, 1.5, None, True, [1], {"a": 1}])
+def test_the_step_of_a_checkpoint_is_no_path(step):
+    with pytest.raises(ValueError, match="is not a number of steps"):
+        step_of({"global_step": step})
+    assert step_of({"global_step": 7}) == 7
+
+
+def test_a_step_that_is_a_path_is_not_downloaded(tmp_path, monkeypatch):
+    """The Hub's client is replaced by one whose repository is a folder."""
+    repository = tmp_path / "repository"
+    write_checkpoint(repository / "last-checkpoint", json.dumps({"global_step": "../../../evil"}))
+    names = ["last-checkpoint/trainer_state.json", "../evil/trainer_state.json", "checkpoint-/trainer_state.json"]
+
+    class Api:
+        def __init__(self, **_):
+            pass
+
+        def model_info(self, *_, **__):
+            return SimpleNamespace(sha="a" * 40, siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+        def hf_hub_download(self, _, name, **__):
+            return str(repository / name)
+
+        def snapshot_download(self, *_, **__):
+            return str(repository)
+
+    monkeypatch.setattr("pals_hf.hub.HfApi", Api)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="global_step='../../../evil', which is not a number of steps"):
+        download_checkpoint("someone/streets", tmp_path / "runs" / "mine")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_command_to_push_later_names_the_checkpoint(tmp_path, monkeypatch):
