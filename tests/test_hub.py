@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import hub
 import pytest
@@ -19,14 +18,12 @@ from launching import launcher
 from test_checkpoints import write_checkpoint
 
 from pals_hf.checkpoints import step_of
-from pals_hf.errors import InputError
 from pals_hf.hub import (
     NOT_OF_THE_RUN,
     RUN_FILES,
     _how_to_push,
     _matches,
     _newest_checkpoint,
-    download_checkpoint,
     push_command,
 )
 
@@ -136,32 +133,6 @@ def test_the_step_of_a_checkpoint_is_no_path(step):
     assert step_of({"global_step": 7}) == 7
 
 
-def test_a_step_that_is_a_path_is_not_downloaded(tmp_path, monkeypatch):
-    """The Hub's client is replaced by one whose repository is a folder."""
-    repository = tmp_path / "repository"
-    write_checkpoint(repository / "last-checkpoint", json.dumps({"global_step": "../../../evil"}))
-    names = ["last-checkpoint/trainer_state.json", "../evil/trainer_state.json", "checkpoint-/trainer_state.json"]
-
-    class Api:
-        def __init__(self, **_):
-            pass
-
-        def model_info(self, *_, **__):
-            return SimpleNamespace(sha="a" * 40, siblings=[SimpleNamespace(rfilename=name) for name in names])
-
-        def hf_hub_download(self, _, name, **__):
-            return str(repository / name)
-
-        def snapshot_download(self, *_, **__):
-            return str(repository)
-
-    monkeypatch.setattr("pals_hf.hub.HfApi", Api)
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match="global_step='../../../evil', which is not a number of steps"):
-        download_checkpoint("someone/streets", tmp_path / "runs" / "mine")
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 def test_the_command_to_push_later_names_the_checkpoint(tmp_path, monkeypatch):
     """Whatever the folder is called: `.` is also in the name of the program."""
     monkeypatch.chdir(tmp_path)
@@ -173,7 +144,14 @@ def test_the_command_to_push_later_names_the_checkpoint(tmp_path, monkeypatch):
 @only_on_loopback
 def test_faults(server, tmp_path):
     """What may pass is tried again; the rest ends in one line, and the run is as it was."""
+    state = json.dumps({"global_step": "../../evil"}).encode()
+    hostile = {"last-checkpoint/trainer_state.json": state, "last-checkpoint/scheduler.pt": b"", "../x/y.json": b""}
+    server.repositories["model", "maintainer/hostile"] = hub.Repository(commits=[("a" * 40, hostile)])
     results, _ = as_user(server, "push_through_faults", tmp_path)
+    assert results.pop("a step that is a path").endswith(
+        "trainer_state.json has global_step='../../evil', which is not a number of steps"
+    )
+    assert not list(tmp_path.rglob("*evil*"))
     assert hub.TOKEN not in json.dumps(results)
     sha256, run = results.pop("sha256"), tmp_path / "run"
     assert results.pop("processor").startswith("cannot load the image processor of 'maintainer/c': ")
