@@ -75,8 +75,12 @@ def load_for_inference(
         raise InputError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
 
 
-def read_pictures(path: Path) -> Iterator[Image.Image]:
+def read_pictures(path: Path, max_pixels: int | None = None) -> Iterator[Image.Image]:
     """Yield the picture in an image file, or all frames of an animation, upright and in RGB.
+
+    Args:
+        path: the file.
+        max_pixels: refuse larger pictures before they are decoded. Default: the limit of Pillow, 179 megapixels.
 
     Raises:
         InputError: the file cannot be decoded. Damaged animations raise it after the frames before the damage.
@@ -86,6 +90,9 @@ def read_pictures(path: Path) -> Iterator[Image.Image]:
         if not content:
             raise ValueError("the file is empty")
         with Image.open(io.BytesIO(content)) as opened:
+            if max_pixels is not None and opened.width * opened.height > max_pixels:
+                size = f"{opened.width}x{opened.height} pixels"
+                raise ValueError(f"it has {size}, but at most {max_pixels / 1e6:g} megapixels are allowed")
             refuse_deep(opened, bits_of(opened))
             if opened.format not in _ANIMATED and count_pages(opened) > 1:
                 logger.warning("%s has %d pages, of which only the first is read", path, count_pages(opened))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _GAP = 4
 _FONT_SIZE = 12
+_TALLEST = 2**15  # rows of a picture whose font grows: beside a strip of a million rows, it would fill the memory
 _TITLE_HEIGHT = 18
 _MIN_ROW_HEIGHT = 120  # smaller images are enlarged
 _LINES = 40  # lines of a legend beside a large picture, whose font grows with the picture
@@ -142,7 +143,8 @@ def _heat(values: np.ndarray) -> np.ndarray:
 
 
 def _beside_legend(picture: Image.Image, entries: Sequence[tuple[str, Sequence[int]]]) -> Image.Image:
-    names = legend(entries, max(_FONT_SIZE, picture.height // _LINES))
+    grown = max(_FONT_SIZE, picture.height // _LINES) if picture.height <= _TALLEST else _FONT_SIZE
+    names = legend(entries, grown)
     both = Image.new("RGB", (picture.width + names.width, max(picture.height, names.height)), "white")
     both.paste(picture, (0, 0))
     both.paste(names, (picture.width, 0))
