@@ -32,6 +32,7 @@ from pals_hf.cli.report import load_finished
 from pals_hf.data import FractionManifest
 from pals_hf.data.splitting import hold_out
 from pals_hf.errors import InputError
+from pals_hf.files import write_result
 from pals_hf.functional import SOURCES, Affinity, entropy, upsample
 from pals_hf.losses import PALSLoss
 from pals_hf.metrics import SegmentationMetrics
@@ -95,11 +96,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         (args,) = parser.parse(sys.argv[1:] if argv is None else argv)
         results = inspect(args)
+        write_result(Path(args.output_dir) / "targets.json", json.dumps(results, indent=2))
     except InputError as error:
         fail(error)
     except ValueError as error:  # of the affinity: a tau that is not positive
         fail(InputError(str(error)))
-    (Path(args.output_dir) / "targets.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     print_table(results)
     print(f"\nwritten to {args.output_dir}: targets.json, targets.png")
 
@@ -183,7 +184,7 @@ def draw(rows: list[tuple], num_labels: int, path: Path) -> None:
     for number, row in enumerate(pictures):
         for column, picture in enumerate(row):
             sheet.paste(picture, (sum(widths[:column]), sum(heights[:number])))
-    sheet.save(path)
+    write_result(path, sheet)
 
 
 def print_table(results: list[dict[str, Any]]) -> None:

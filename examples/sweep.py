@@ -84,7 +84,7 @@ def read_cells(path: Path) -> list[Cell]:
     """
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: the recipe cannot be read: {error}") from error
     if not isinstance(recipe, dict) or not isinstance(recipe.get("grid"), dict) or recipe.keys() - {"common", "grid"}:
         raise InputError(

@@ -231,7 +231,7 @@ class CardData:
             raise InputError(f"loss must be one of {', '.join(LOSS_NAMES)}, not {_shortened(self.loss)}")
         if "pals_hf" not in self.versions:
             raise InputError("versions must name the version of pals_hf")
-        if list(self.id2label) != list(range(len(self.id2label))):
+        if sorted(self.id2label) != list(range(len(self.id2label))):
             raise InputError("id2label must number the classes from 0")
         if wrong := set(self.pictures).difference(PICTURES):
             raise InputError(f"pictures must not name {_shortened(min(wrong))}")

@@ -20,13 +20,14 @@ from typing import NoReturn
 
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, set_seed
 
 from ..checkpoints import is_complete_checkpoint
 from ..config import PALSConfig
 from ..data import FractionManifest, SegmentationData, SegmentationStream
 from ..data.fractions import MANIFEST
-from ..errors import InputError, PushError, TrainingError
+from ..errors import InputError, PushError, TrainingError, first_line
 from ..files import atomic_write_text
 from ..model_card import CardFacts
 from ..models import build_image_processor, build_model
@@ -75,6 +76,8 @@ def main(argv: list[str] | None = None, arguments: type[TrainArguments] = TrainA
                     push(trainer)
     except (InputError, TrainingError, PushError) as error:
         fail(error)
+    except (OSError, SafetensorError) as error:  # a full disk, or a folder that somebody has deleted
+        fail(TrainingError(f"a file of the run cannot be read or written: {first_line(error)}"))
     trainer.end()
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import InputError
-from ..files import atomic_write_text
+from ..files import atomic_write_text, has_type, read_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -238,7 +238,7 @@ class FractionManifest:
             InputError: the file cannot be read, was changed after it was written, or lists an unknown image.
         """
         try:
-            text = unicodedata.normalize("NFC", Path(path).read_text(encoding="utf-8-sig"))
+            text = unicodedata.normalize("NFC", read_bytes(path).decode("utf-8-sig"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is not a readable fraction manifest: {error}") from error
         if not text.lstrip().startswith(("{", "[")):
@@ -251,9 +251,9 @@ class FractionManifest:
             return cls._of(dataset, ids, "list", None, name, id2label)
         try:
             manifest = cls(**json.loads(text))
-        except (ValueError, TypeError) as error:
+        except (RecursionError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a readable fraction manifest: {error}") from error
-        if not isinstance(manifest.ids, list) or not manifest.ids:
+        if not has_type(manifest.ids, list[str]) or not manifest.ids:
             raise InputError(f"{path} is not a readable fraction manifest: ids must be a list, got {manifest.ids!r}")
         if manifest.sha256 != replace(manifest, sha256="").sha256:
             raise InputError(f"{path} was changed after it was written: its sha256 does not match its contents")

@@ -17,6 +17,7 @@ import yaml
 from conftest import RAW_VOID, tiny_mobilenet_v2, tiny_segformer
 from launching import launch
 from PIL import Image
+from test_checkpoints import files_of_at_most
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForSemanticSegmentation, pipeline
 
@@ -560,6 +561,27 @@ class TestWrongInput:
         (output / "checkpoint-2" / "scheduler.pt").unlink()
         train.main([*start, "--resume_from_checkpoint", "last"])
         assert read(output / "trainer_state.json")["global_step"] == 2
+
+    def test_a_disk_that_is_full_at_the_end(self, folder, tmp_path, capsys):
+        start = [*on_folder(folder, tmp_path / "run"), *SHORT, "--save_strategy", "no", "--max_steps", "1"]
+        with files_of_at_most(1_000_000), pytest.raises(SystemExit) as stop:
+            train.main(start)
+        assert stop.value.code == 1
+        assert "error: a file of the run cannot be read or written: " in capsys.readouterr().err
+        assert not (tmp_path / "run" / "model.safetensors").exists()
+
+    def test_a_damaged_checkpoint_is_found_before_others_are_deleted(self, folder, tmp_path, capsys):
+        output = tmp_path / "run"
+        start = [*on_folder(folder, output), *SHORT, "--save_steps", "1"]
+        train.main(start)
+        for step, name in ((2, "optimizer.pt"), (1, "rng_state.pth")):
+            checkpoint = output / f"checkpoint-{step}"
+            (checkpoint / name).write_bytes(b"damaged")
+            with pytest.raises(SystemExit) as stop:
+                train.main([*start, "--resume_from_checkpoint", str(checkpoint), "--overwrite"])
+            assert stop.value.code == 2
+            assert f"error: checkpoint {checkpoint} cannot be loaded: {name}: " in capsys.readouterr().err
+            assert (output / "checkpoint-2" / "model.safetensors").exists()
 
     def test_output_folder_that_holds_a_run(self, fails, tmp_path):
         (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
