@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
@@ -68,11 +68,23 @@ def load_for_inference(
         )
     if model.config.num_labels < 2:
         raise InputError(f"{name_or_path!r} has num_labels={model.config.num_labels}, but at least 2 are needed")
+    names = model.config.id2label
+    if sorted(names) != list(range(len(names))) or not all(_is_text(name) for name in names.values()):
+        raise InputError(
+            f"{name_or_path!r}: id2label of its config.json must map 0 to {len(names) - 1} to class names"
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return model.to(device), processor
     except (AssertionError, RuntimeError) as error:
         raise InputError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
+
+
+def _is_text(name: Any) -> bool:
+    try:
+        return isinstance(name, str) and name.encode() is not None
+    except UnicodeEncodeError:  # half of a character, which cannot be printed or written
+        return False
 
 
 def read_pictures(path: Path, max_pixels: int | None = None) -> Iterator[Image.Image]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedConfig
 
 from .errors import InputError, first_line
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 # Larger numbers are damage or an attack. They would fill the memory before transformers raises an error.
 _MAX_LAYERS = 2_000
 _MAX_NUMBER = 2**20  # of a config: channels, classes, ...
-_MAX_SIDE = 2**13  # of an image processor: the height of its images, ...
+_MAX_SIDE = 2**12  # of an image processor: the height of its images, ...
 _EXPLAINED = (ImportError, OSError, RuntimeError, ValueError)  # errors whose message stands alone
 
 
@@ -102,7 +101,7 @@ def load_network(name_or_path: str, config: PreTrainedConfig, **options: Any) ->
             output_loading_info=True,
             **options,
         )
-        _refuse_fewer_layers(network, info["unexpected_keys"])
+        _refuse_other_layers(network, info)
     return network, info
 
 
@@ -181,9 +180,20 @@ def _refuse_too_large(config: PreTrainedConfig) -> None:
         )
 
 
-def _refuse_fewer_layers(network: nn.Module, unexpected: Iterable[str]) -> None:
-    """Refuse weights of further layers: without them, the network would compute something else than it has learned."""
-    kinds = {re.sub(r"\d+", "#", name) for name in network.state_dict()}
-    more = sorted(name for name in unexpected if re.search(r"\d", name) and re.sub(r"\d+", "#", name) in kinds)
-    if more:
-        raise ValueError(f"its config has fewer layers than its weights, which have {more[0]}")
+def _refuse_other_layers(network: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Refuse weights of another number or size of layers than the config describes.
+
+    A head may be missing, and is replaced if its size does not fit. Other layers would be dropped, or be random.
+    """
+    missing, mismatched = set(info["missing_keys"]), {name for name, *_ in info["mismatched_keys"]}
+    kinds = {_kind(name) for name in network.state_dict().keys() - missing}
+    for what, names in (("more", missing), ("fewer", info["unexpected_keys"])):
+        if other := sorted(name for name in names if _kind(name) != name and _kind(name) in kinds):
+            raise ValueError(f"its config has {what} layers than its weights, see {other[0]}")
+    if other := sorted(name for name in mismatched if name.startswith((f"{network.base_model_prefix}.", "backbone."))):
+        raise ValueError(f"its config and its weights differ in the size of {other[0]}")
+
+
+def _kind(name: str) -> str:
+    """Return the name of a weight without the numbers of its layers."""
+    return re.sub(r"\d+", "#", name)

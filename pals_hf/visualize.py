@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _GAP = 4
 _FONT_SIZE = 12
+_LONGEST = 80  # characters of a name in a legend
 _TALLEST = 2**15  # rows of a picture whose font grows: beside a strip of a million rows, it would fill the memory
 _TITLE_HEIGHT = 18
 _MIN_ROW_HEIGHT = 120  # smaller images are enlarged
@@ -90,7 +91,7 @@ def prediction_sheet(
 
 def legend(entries: Iterable[tuple[str, Sequence[int]]], font_size: int = _FONT_SIZE) -> Image.Image:
     """Return an RGB picture that lists names beside squares of their colours."""
-    entries, font = list(entries), ImageFont.load_default(size=font_size)
+    entries, font = [(_shortened(name), color) for name, color in entries], ImageFont.load_default(size=font_size)
     line = _TITLE_HEIGHT * font_size // _FONT_SIZE
     width = 2 * line + math.ceil(max((font.getlength(name) for name, _ in entries), default=0))
     picture = Image.new("RGB", (width, line * len(entries)), "white")
@@ -100,6 +101,11 @@ def legend(entries: Iterable[tuple[str, Sequence[int]]], font_size: int = _FONT_
         draw.rectangle([_GAP, top, _GAP + font_size, top + font_size], fill=tuple(int(value) for value in color))
         draw.text((_GAP + font_size + line // 3, index * line), name, fill="black", font=font)
     return picture
+
+
+def _shortened(name: str) -> str:
+    name = " ".join(name.split())
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 3]}..."
 
 
 def overlay(

@@ -143,6 +143,8 @@ DAMAGES = {
     "depths is text": field(CONFIG, depths="x"),
     "depths do not fit": field(CONFIG, depths=[2, 2]),
     "fewer layers than weights": field(CONFIG, depths=[1, 1, 1, 1]),
+    "more layers than weights": field(CONFIG, depths=[3, 1, 1, 1]),
+    "other sizes than the weights": field(CONFIG, patch_sizes=[9, 3, 3, 3]),
     "no layers": field(CONFIG, depths=[0, 0, 0, 0]),
     "negative depths": field(CONFIG, depths=[-1, -1, -1, -1]),
     "huge depths": field(CONFIG, depths=[10**9, 1, 1, 1]),
@@ -167,8 +169,11 @@ DAMAGES = {
     "mean is text": field(PROCESSOR, image_mean="x", do_normalize=True),
     "mean of five channels": field(PROCESSOR, image_mean=[0.5] * 5, do_normalize=True),
 }
-ONLY_INFERENCE = {  # a training sets the size itself
+ONLY_INFERENCE = {  # a training sets the size and the labels itself
     "size is text": field(PROCESSOR, size="x", do_resize=True),
+    "label indices have a gap": field(CONFIG, id2label={"0": "a", "1": "b", "2": "c", "7": "d"}),
+    "labels are numbers": field(CONFIG, id2label={"0": 0, "1": None, "2": ["c"], "3": "d"}),
+    "a label is half a character": field(CONFIG, id2label={"0": "\ud800", "1": "b", "2": "c", "3": "d"}),
     "huge size": field(PROCESSOR, size={"height": 10**6, "width": 10**6}, do_resize=True),
     "negative size": field(PROCESSOR, size={"height": -5, "width": 5}, do_resize=True),
 }
