@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pals_hf.cli.arguments import DataArguments, read_data
-from pals_hf.cli.ending import fail
+from pals_hf.cli.ending import ends_at_ctrl_c, fail
 from pals_hf.cli.parser import OptionParser
 from pals_hf.cli.report import load_finished
 from pals_hf.data import FractionManifest
@@ -91,6 +91,7 @@ class Score:
         return means | {"nll": self.nll / pixels, "entropy": self.entropy / pixels}
 
 
+@ends_at_ctrl_c
 def main(argv: list[str] | None = None) -> None:
     parser = OptionParser(TargetArguments, description=__doc__)
     try:

@@ -32,7 +32,7 @@ import yaml
 from study_fractions import Results, comparison
 from sweep import Cell, read_cells, read_results, run_cells
 
-from pals_hf.cli.ending import fail
+from pals_hf.cli.ending import ends_at_ctrl_c, fail
 from pals_hf.cli.parser import to_argv
 from pals_hf.cli.push import push
 from pals_hf.errors import InputError, PushError
@@ -148,6 +148,7 @@ def publish(reference: Reference, owner: str | None) -> None:
         print(f"pushed: {push(run_dir, f'{owner}/{reference.name}', leave_out=[OF_THE_DATA])}")
 
 
+@ends_at_ctrl_c
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("owner", nargs="?", help="Organisation or user on the Hub. Without it, nothing is pushed.")

@@ -29,7 +29,7 @@ from scipy import stats
 from sweep import Cell, read_cells, read_results, reason_of, run_cells
 from tqdm import tqdm
 
-from pals_hf.cli.ending import fail
+from pals_hf.cli.ending import ends_at_ctrl_c, fail
 from pals_hf.errors import InputError
 from pals_hf.files import atomic_write_text
 from pals_hf.model_card import Comparison
@@ -366,6 +366,7 @@ def run_missing(folder: Path, options: dict[str, Any]) -> bool:
     return worked
 
 
+@ends_at_ctrl_c
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="Folder of the study, with its recipe.yaml.")

@@ -43,7 +43,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from pals_hf.checkpoints import last_complete_checkpoint
-from pals_hf.cli.ending import fail
+from pals_hf.cli.ending import ends_at_ctrl_c, fail
 from pals_hf.cli.parser import to_argv
 from pals_hf.errors import InputError
 from pals_hf.files import atomic_write_text, read_json
@@ -317,6 +317,7 @@ def reason_of(error: Exception) -> str:
     return next(line.strip() for line in reversed(str(error).splitlines()) if line.strip())
 
 
+@ends_at_ctrl_c
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="YAML file with the grid.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import logging
@@ -116,6 +116,8 @@ class AtomicCheckpointTrainer(Trainer):
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """Keep the last checkpoint: with `save_total_limit=1`, the parent deletes all checkpoints but the best one."""
+        if self.state.global_step == self._initial_global_step:  # no step, no loss: the parent would log 0
+            self._tr_loss.fill_(float("nan"))
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             output = super()._finalize_training(trial, num_train_samples, start_time)
@@ -124,6 +126,46 @@ class AtomicCheckpointTrainer(Trainer):
         if self.args.should_save and self.args.push_to_hub:  # all pushes have ended: their checkpoints are free now
             self._discard_old_checkpoints(Path(self.args.output_dir), set())
         return output
+
+    # ---- Resuming ----
+
+    def has_all_steps(self, checkpoint: str | os.PathLike) -> bool:
+        """Return whether a training would take no further step from a checkpoint."""
+        steps = self.args.max_steps
+        if steps <= 0:
+            *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return self._is_over(TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)), steps)
+
+    def _is_over(self, state: TrainerState, max_steps: int) -> bool:
+        has_stopped_early = any(
+            _failures(state, callback) >= callback.early_stopping_patience for callback in self._early_stopping()
+        )
+        return state.global_step >= max_steps or has_stopped_early
+
+    def _early_stopping(self) -> list[EarlyStoppingCallback]:
+        return [
+            callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)
+        ]
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Take no further step if none is left. The parent takes one, because it counts only after a step.
+
+        Early stopping counts on from the checkpoint. The parent would count from 0.
+        """
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        is_resumed = resume_from_checkpoint is not None
+        for callback in self._early_stopping():
+            callback.early_stopping_patience_counter = _failures(self.state, callback) if is_resumed else 0
+        return (num_train_epochs, 0) if is_resumed and self._is_over(self.state, max_steps) else position
 
     # ---- Loading ----
 
@@ -187,6 +229,12 @@ class AtomicCheckpointTrainer(Trainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _failures(state: TrainerState, callback: EarlyStoppingCallback) -> int:
+    """Return how many evaluations in a row were no better than the best one, when a checkpoint was saved."""
+    saved = state.stateful_callbacks.get(type(callback).__name__) or {}
+    return saved.get("attributes", {}).get("early_stopping_patience_counter", 0) if isinstance(saved, dict) else 0
 
 
 class _BestCheckpointCallback(TrainerCallback):

@@ -265,12 +265,17 @@ class PublishingTrainer(AtomicCheckpointTrainer):
         self._pushes += [(job, checkpoint.name) for job in jobs]
         return jobs
 
+    def cancel_pushes(self) -> None:
+        """Cancel the background pushes that have not begun. Python waits for the others when it exits."""
+        for job, _ in self._pushes:
+            job.cancel()
+
     def _checkpoints_in_use(self) -> set[str]:
         return super()._checkpoints_in_use() | {name for job, name in self._pushes if not job.done()}
 
 
 def _warn_if_failed(push: Future) -> None:
-    if push.exception() is not None:
+    if not push.cancelled() and push.exception() is not None:
         logger.warning("%s", first_line(push.exception()))
 
 

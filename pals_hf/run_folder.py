@@ -22,6 +22,7 @@ from .errors import InputError
 from .hub import download_checkpoint
 from .model_card import CARD_DATA, PICTURES, CardData, is_hub_id
 
+RESULTS = "eval_results.json"  # the last file that a run writes, so that with it the run is finished
 LOCK = "_lock"  # names that begin with an underscore are not pushed to the Hub
 
 
@@ -166,10 +167,20 @@ def _as_flag(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
+def has_results(run_dir: Path, checkpoint: Path) -> bool:
+    """Return whether the run of a checkpoint has come to its end in this folder. It may have been asked for less."""
+    return _goes_on_in(run_dir, checkpoint) and (run_dir / RESULTS).exists()
+
+
 def discard_other_run(run_dir: Path, checkpoint: Path | None) -> None:
-    """Delete the checkpoints after `checkpoint`, or the files of another run. Files that no run has written stay."""
+    """Delete what the run will replace. Files that no run has written stay.
+
+    These are the checkpoints after `checkpoint` and the results of an earlier end, or the files of another run.
+    """
     if _goes_on_in(run_dir, checkpoint):
         discard_after(checkpoint)
+        for path in run_dir.glob("*_results.json"):
+            path.unlink()
         return
     described = (run_dir / name for name in (MANIFEST, *PICTURES))
     for path in (*_files_of_a_run(run_dir), *filter(Path.exists, described)):

@@ -69,6 +69,15 @@ def _cache_of_datasets():
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def zygote():
+    """Starts programs in processes of their own."""
+    from zygote import Zygote
+
+    with Zygote() as zygote:
+        yield zygote
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 from .. import __version__
+from .ending import ends_at_ctrl_c
 
 # Module and help text of each command. Modules are imported when a command runs, to keep `pals-hf --help` fast.
 COMMANDS = {
@@ -18,6 +19,7 @@ COMMANDS = {
 }
 
 
+@ends_at_ctrl_c
 def main(argv: list[str] | None = None) -> None:
     """Run a command: the entry point of `pals-hf`."""
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]

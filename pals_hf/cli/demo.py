@@ -18,7 +18,7 @@ import signal
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .ending import fail
+from .ending import ends_at_ctrl_c, fail
 from .parser import OneLineParser
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MAX_FILE_SIZE = "50mb"  # of an upload
 
 
+@ends_at_ctrl_c
 def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
     parser = OneLineParser(

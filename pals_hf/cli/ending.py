@@ -1,11 +1,14 @@
-"""How a program ends when its input is wrong: with one line and an exit code."""
+"""How a program ends when its input is wrong, or at ctrl-C: with one line and an exit code."""
 
 from __future__ import annotations
 
+import functools
 import os
+import signal
 import sys
 import time
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from ..errors import InputError, PushError, TrainingError
 
@@ -20,6 +23,28 @@ def fail(error: InputError | TrainingError | PushError) -> NoReturn:
         text = text.rpartition(f"{type(error).__name__}: ")[2]
     print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def ends_at_ctrl_c(main: Callable[..., None]) -> Callable[..., None]:
+    """Let a program end with one line at SIGINT, which is ctrl-C: the message of the `KeyboardInterrupt`, if any."""
+
+    @functools.wraps(main)
+    def program(*args: Any, **kwargs: Any) -> None:
+        try:
+            main(*args, **kwargs)
+        except KeyboardInterrupt as interrupt:
+            leave(signal.SIGINT, str(interrupt))
+
+    return program
+
+
+def leave(number: signal.Signals, what_now: str = "") -> NoReturn:
+    """End a program that a signal has stopped, with one line and the exit code of a shell."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another ctrl-C ends the program while it cleans up
+    if is_main_process():
+        print(f"stopped by {number.name}{what_now and '; '}{what_now}", flush=True)
+    sys.exit(128 + number)
 
 
 def is_main_process() -> bool:

@@ -31,7 +31,7 @@ from ..files import make_folder
 from ..functional import upsample
 from ..inference import load_for_inference, read_pictures
 from ..pretrained import loading
-from .ending import fail
+from .ending import ends_at_ctrl_c, fail
 from .parser import OneLineParser
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Logits(nn.Module):
         return self.model(pixel_values=pixel_values).logits
 
 
+@ends_at_ctrl_c
 def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
     parser = OneLineParser(

@@ -26,7 +26,7 @@ from ..files import make_folder, write_result
 from ..options import IMAGES, RUN, option
 from ..visualize import prediction_sheet
 from .arguments import DataArguments, read_data
-from .ending import fail
+from .ending import ends_at_ctrl_c, fail
 from .parser import OptionParser
 
 CONSTANT = 4  # difference of an image's extreme values (0 to 255) below which it counts as nearly constant
@@ -41,6 +41,7 @@ class InspectionArguments(DataArguments):
     output_dir: str = option(".", RUN, "Folder for inspection.json and inspection.png. Default: the current folder.")
 
 
+@ends_at_ctrl_c
 def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
     try:

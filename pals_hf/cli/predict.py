@@ -39,7 +39,7 @@ from ..errors import InputError, first_line
 from ..files import make_folder, read_json, walk, write_result
 from ..inference import Prediction, load_for_inference, predict, read_pictures
 from ..visualize import heat_map, index_picture, overlay
-from .ending import fail
+from .ending import ends_at_ctrl_c, fail
 from .parser import OneLineParser
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Picture(NamedTuple):
     name: str  # the names of its result files begin with this
 
 
+@ends_at_ctrl_c
 def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
     try:

@@ -19,7 +19,7 @@ from ..errors import InputError, PushError
 from ..hub import create_repo, push_command, push_folder
 from ..inference import load_for_inference
 from ..model_card import CardData, pictures_in
-from .ending import fail
+from .ending import ends_at_ctrl_c, fail
 from .parser import OneLineParser
 
 
@@ -59,6 +59,7 @@ def push(
     return push_folder(folder, repo_id, revision=revision, leave_out=leave_out, later=later).repo_url
 
 
+@ends_at_ctrl_c
 def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
     parser = OneLineParser(

@@ -28,7 +28,6 @@ def report(
     trainer: PALSTrainer, data: SegmentationData | SegmentationStream, metrics: dict[str, Any], checkpoint: str
 ) -> None:
     """Write the results and print them. The pictures show the checkpoint as others will load it."""
-    trainer.save_metrics("eval", metrics)
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
@@ -45,6 +44,7 @@ def report(
         if is_matplotlib_available():
             training_curves(trainer.state.log_history, folder / "curves.png")
         trainer.create_model_card()
+    trainer.save_metrics("eval", metrics)  # the last file: with it, the run is finished
     print_table(metrics, data)
     print(f"\nresults, checkpoint and pictures: {folder}")
 

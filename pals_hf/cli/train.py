@@ -14,33 +14,36 @@ import signal
 import sys
 import time
 import uuid
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, set_seed
 
-from ..checkpoints import is_complete_checkpoint
+from ..checkpoints import is_complete_checkpoint, last_complete_checkpoint
 from ..config import PALSConfig
 from ..data import FractionManifest, SegmentationData, SegmentationStream
 from ..data.fractions import MANIFEST
 from ..errors import InputError, PushError, TrainingError, first_line
 from ..files import atomic_write_text
+from ..hub import push_folder
 from ..model_card import CardFacts
 from ..models import build_image_processor, build_model
 from ..run_folder import (
+    RESULTS,
     discard_other_run,
     find_checkpoint,
+    has_results,
     lock_output_dir,
     refuse_other_run,
     refuse_other_training,
 )
 from ..trainer import PALSTrainer
 from .arguments import TrainArguments
-from .ending import fail, is_main_process
+from .ending import ends_at_ctrl_c, fail, is_main_process, leave
 from .parser import OptionParser, with_recipe
 from .report import SKIPPED, load_finished, report
 from .train_data import build_datasets, build_streams, load_data
@@ -49,6 +52,7 @@ from .train_data import build_datasets, build_streams, load_data
 LEARNING_RATE_OF_RANDOM_WEIGHTS = 2e-3
 
 
+@ends_at_ctrl_c
 def main(argv: list[str] | None = None, arguments: type[TrainArguments] = TrainArguments) -> None:
     """Run the program.
 
@@ -66,14 +70,17 @@ def main(argv: list[str] | None = None, arguments: type[TrainArguments] = TrainA
         if args.eval_only:
             with alone:
                 report(trainer, data, trainer.evaluate(), args.model_name_or_path)
+        elif is_finished(trainer, manifest):
+            leave_alone(trainer)
         else:
             trainer.dry_run()
             with alone:
                 prepare_output_dir(args, config, data, manifest)
-                train(trainer)
-                report(trainer, data, trainer.evaluate(), config.output_dir)
-                if config.push_to_hub:
-                    push(trainer)
+                with saying_how_to_resume(trainer):
+                    train(trainer)
+                    report(trainer, data, trainer.evaluate(), config.output_dir)
+                    if config.push_to_hub:
+                        push(trainer)
     except (InputError, TrainingError, PushError) as error:
         fail(error)
     except (OSError, SafetensorError) as error:  # a full disk, or a folder that somebody has deleted
@@ -177,6 +184,39 @@ def card_facts(
     return facts if manifest is None else facts.with_manifest(manifest)
 
 
+def is_finished(trainer: PALSTrainer, manifest: FractionManifest | None) -> bool:
+    """Return whether the run to resume has its results and all steps of this command, so that nothing is left to do.
+
+    Nothing is written.
+
+    Raises:
+        InputError: it is another training, see [`refuse_other_training`].
+    """
+    config, checkpoint = trainer.args, checkpoint_of(trainer.args)
+    if checkpoint is None:
+        return False
+    refuse_other_training(checkpoint, config, manifest)
+    is_done = has_results(Path(config.output_dir), checkpoint) and trainer.has_all_steps(checkpoint)
+    return broadcast_object_list([is_done])[0]
+
+
+def leave_alone(trainer: PALSTrainer) -> None:
+    """Say that a run is finished, and push it if it is to be pushed. The run's folder stays as it is."""
+    config, step = trainer.args, int(checkpoint_of(trainer.args).name.rsplit("-", 1)[1])
+    if not is_main_process():
+        return
+    print(
+        f"{config.output_dir} is finished: it has all of its {step} steps, and its results are in "
+        f"{Path(config.output_dir) / RESULTS}. To train it longer, raise --max_steps, --num_train_epochs or "
+        "--early_stopping_patience. For a new run, use another --output_dir.",
+        flush=True,
+    )
+    if config.push_to_hub:  # the run may have been stopped while it was pushed
+        where = {"revision": config.hub_revision, "token": config.hub_token}
+        done = push_folder(config.output_dir, trainer.hub_model_id, message="End of training", **where)
+        print(f"pushed: {done.repo_url}", flush=True)
+
+
 def prepare_output_dir(
     args: TrainArguments,
     config: PALSConfig,
@@ -185,8 +225,6 @@ def prepare_output_dir(
 ) -> None:
     """Clear the output folder for this run. All input has been checked by now."""
     folder, checkpoint = Path(config.output_dir), checkpoint_of(config)
-    if checkpoint is not None:
-        refuse_other_training(checkpoint, config, manifest)
     if not is_main_process():
         return
     refuse_other_run(folder, checkpoint, args.overwrite)  # another run may have used it while the data was loaded
@@ -201,21 +239,30 @@ def prepare_output_dir(
 def train(trainer: PALSTrainer) -> None:
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if trainer.terminated:
-        leave(trainer)
+        trainer.end()
+        leave(signal.SIGTERM, how_to_resume(trainer))
     trainer.save_model(_internal_call=True)  # the run is pushed later, with its results
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)
 
 
-def leave(trainer: PALSTrainer) -> NoReturn:
-    """End a run after SIGTERM, and say how to resume it."""
-    checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-    trainer.end()
-    if is_main_process():
-        print(
-            f"stopped by SIGTERM; {checkpoint} is saved, resume with --resume_from_checkpoint {checkpoint}", flush=True
-        )
-    sys.exit(128 + signal.SIGTERM)
+@contextmanager
+def saying_how_to_resume(trainer: PALSTrainer) -> Iterator[None]:
+    """Let a `KeyboardInterrupt` say how to resume the run."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        trainer.cancel_pushes()
+        if trainer.terminated:  # all processes end, none of them waits for another one
+            trainer.end()
+        raise KeyboardInterrupt(how_to_resume(trainer)) from None
+
+
+def how_to_resume(trainer: PALSTrainer) -> str:
+    checkpoint = last_complete_checkpoint(trainer.args.output_dir)
+    if checkpoint is None:
+        return "there is no checkpoint yet, so start the run again"
+    return f"{checkpoint} is saved, resume with --resume_from_checkpoint {checkpoint}"
 
 
 def push(trainer: PALSTrainer) -> None:

@@ -1,0 +1,55 @@
+"""Trainings with workers, and the ways in which they end: programs for a `Zygote`."""
+
+import sys
+
+from conftest import tiny_segformer
+from test_trainer import Examples, OnStepEnd, config
+from torch.utils.data import IterableDataset
+
+import pals_hf.cli.train  # noqa: F401
+from pals_hf import PALSTrainer
+from pals_hf.errors import InputError
+
+
+class Stream(IterableDataset):
+    """Examples, endlessly or once. One of them may be bad."""
+
+    def __init__(self, is_endless=False, bad=None):
+        self.examples, self.is_endless, self.bad = Examples(8), is_endless, bad
+
+    def __iter__(self):
+        number = 0
+        while self.is_endless or number < 8:
+            if number == self.bad:
+                raise InputError("a bad mask")
+            yield self.examples[number % 8]
+            number += 1
+
+
+def train(arguments):
+    """Train with workers: `train(FOLDER, "map" or "stream", "persistent" or "", ENDING)`."""
+    folder, kind, persistent, ending = arguments
+    lasts, bad = ending == "lasts", 1 if ending == "bad" else None
+    args = config(
+        folder,
+        max_steps=10_000 if lasts else 2,
+        eval_strategy="no" if lasts else "steps",
+        eval_steps=1,
+        save_strategy="no",
+        dataloader_num_workers=2,
+        dataloader_persistent_workers=bool(persistent),
+    )
+    trainer = PALSTrainer(
+        tiny_segformer(),
+        args,
+        train_dataset=Stream(is_endless=True, bad=bad) if kind == "stream" else Examples(800 if lasts else 8),
+        eval_dataset=Stream() if kind == "stream" else Examples(8),
+    )
+    trainer.add_callback(OnStepEnd(lambda: print(f"step {trainer.state.global_step}", flush=True)))
+    if ending == "raises":
+        trainer.add_callback(OnStepEnd(lambda: {}["an error"]))
+    trainer.train()
+    globals()["kept"] = trainer  # as in a script, whose variables live until Python exits
+    print(f"terminated: {trainer.terminated}", flush=True)
+    if ending == "exits":
+        sys.exit(3)
