@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import pickle
 import resource
@@ -98,12 +97,6 @@ def test_old_checkpoints_make_room(limit, kept, left, tmp_path):
     assert not list(tmp_path.glob(f"{UNFINISHED}/*"))
 
 
-def sigterm_to_all():
-    """To this process and its workers, as a job's end is announced."""
-    for process in (*multiprocessing.active_children(), None):
-        os.kill(os.getpid() if process is None else process.pid, signal.SIGTERM)
-
-
 class TestResume:
     """Random crops from worker processes, dropout, evaluations, the best model."""
 
@@ -148,6 +141,21 @@ class TestResume:
             assert resumed.state.global_step == 7
             assert self.same(resumed, whole), step
             assert self.history(resumed) == self.history(whole), step
+
+    @pytest.mark.parametrize("resume", ["path", True])
+    def test_takes_no_step_if_all_are_done(self, folder, tmp_path, resume):
+        """Seven steps, in the middle of the second epoch. The best model is loaded all the same."""
+        options = {"load_best_model_at_end": True, "save_total_limit": 1, "save_steps": 2}
+        whole = self.trainer(folder, tmp_path / "run", **options)
+        whole.train()
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+        again = self.trainer(folder, tmp_path / "run", **options)
+        again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7") if resume == "path" else resume)
+        assert again.state.global_step == 7
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+        assert self.same(again, whole)
+        assert self.history(again) == self.history(whole)
+        assert again.state.log_history[-1]["train_loss"] is None
 
     @pytest.mark.parametrize(("strategy", "accumulation"), [("steps", 2), ("epoch", 1), ("best", 2)])
     def test_sigterm_saves_after_the_step_at_hand(self, accumulation, strategy, folder, tmp_path):

@@ -18,6 +18,7 @@ from pals_hf.model_card import CARD_DATA
 from pals_hf.run_folder import (
     discard_other_run,
     find_checkpoint,
+    has_results,
     lock_output_dir,
     refuse_other_run,
     refuse_other_training,
@@ -132,6 +133,10 @@ class TestFindCheckpoint:
 
 
 class TestOneHistory:
+    def test_has_results_in_its_own_folder(self, run_dir, tmp_path):
+        assert has_results(run_dir, run_dir / "checkpoint-10")
+        assert not has_results(run_dir, tmp_path / "other" / "checkpoint-10")
+
     def test_goes_on_from_its_newest_checkpoint(self, run_dir):
         refuse_other_run(run_dir, run_dir / "checkpoint-10")
 
@@ -183,6 +188,7 @@ class TestOneHistory:
     def test_what_is_replaced_goes_and_the_rest_stays(self, run_dir):
         discard_other_run(run_dir, run_dir / "checkpoint-5")
         assert [name for name in names(run_dir) if name.startswith("checkpoint")] == ["checkpoint-5"]
+        assert not has_results(run_dir, run_dir / "checkpoint-5")  # those of fewer steps
         discard_other_run(run_dir, None)
         assert not [name for name in names(run_dir) if name.startswith("checkpoint") or name.endswith(".json")]
         assert (run_dir / "notes.txt").read_text() == "mine"

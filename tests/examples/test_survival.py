@@ -76,13 +76,13 @@ def test_sigterm(processes, folder, tmp_path):
     options = ["--save_steps", 1000, "--dataloader_num_workers", 2, "--save_total_limit", 1]
     code, printed = Running(command(folder, tmp_path / "whole", 30, *options), tmp_path / "0", processes).finish()
     assert code == 0, printed[-3000:]
-    assert "starting anew" in printed
+    assert "starting a new run" in printed
     output = tmp_path / "broken"
     run = Running(command(folder, output, 30, *options), tmp_path / "1", processes)
     run.wait_for(run.printed("'loss'"))
     code, printed = run.end(signal.SIGTERM)
     (checkpoint,) = complete_or_distributed(output, processes)
-    assert f"told to end: saved {checkpoint}; go on with --resume_from_checkpoint {checkpoint}" in printed
+    assert f"stopped by SIGTERM; {checkpoint} is saved, resume with --resume_from_checkpoint {checkpoint}" in printed
     assert not (output / "eval_results.json").exists()
     assert not (output / "model.safetensors").exists()
     if processes == 1:
@@ -90,7 +90,7 @@ def test_sigterm(processes, folder, tmp_path):
         assert "Traceback" not in printed
     code, printed = Running(command(folder, output, 30, *options), tmp_path / "2", processes).finish()
     assert code == 0, printed[-3000:]
-    assert f"going on from {checkpoint}" in printed
+    assert f"resuming from {checkpoint}" in printed
     for name, tensor in weights(tmp_path / "whole").items():
         if processes == 1:
             assert torch.equal(weights(output)[name], tensor), name
@@ -98,6 +98,85 @@ def test_sigterm(processes, folder, tmp_path):
             torch.testing.assert_close(weights(output)[name], tensor, rtol=1e-4, atol=1e-5)
     results = [json.loads((path / "eval_results.json").read_text()) for path in (tmp_path / "whole", output)]
     assert results[0]["eval_mean_iou"] == pytest.approx(results[1]["eval_mean_iou"], abs=0 if processes == 1 else 1e-3)
+
+
+def everything(folder):
+    """The contents and times of all files, and the times of the folders."""
+    paths = [folder, *folder.rglob("*")]
+    return {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in paths}
+
+
+class TestFinished:
+    """A run that has its steps and its results is left alone, and one that lacks something gets just that."""
+
+    def run(self, folder, output, max_steps, *options):
+        result = call(
+            train.main, *command(folder, output, max_steps, "--save_steps", 2, "--logging_steps", 1, *options)
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def left_alone(self, folder, output, *run):
+        before = everything(output)
+        printed = self.run(folder, output, *run)
+        assert everything(output) == before
+        (line,) = [line for line in printed.splitlines() if not line.startswith("resuming from ")]
+        return line
+
+    def test_is_left_alone(self, folder, tmp_path):
+        output = tmp_path / "run"
+        self.run(folder, output, 4, "--save_total_limit", 1)
+        for resume in ("auto", "last", output, output / "checkpoint-4"):
+            line = self.left_alone(folder, output, 4, "--save_total_limit", 1, "--resume_from_checkpoint", resume)
+            assert line.startswith(f"{output} is finished: it has all of its 4 steps, and its results are in ")
+            assert "raise --max_steps" in line
+        self.left_alone(folder, output, 3)
+        self.left_alone(folder, output, -1, "--num_train_epochs", 1)  # of 4 steps
+        code = call(train.main, *command(folder, output, 4, "--loss", "ce"))
+        assert (code.returncode, "another loss" in code.stderr) == (2, True)
+
+        before = load_file(output / "checkpoint-4" / "model.safetensors")
+        self.run(folder, output, -1, "--num_train_epochs", 1.5)  # more than before
+        assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 6
+        assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(output).items())
+        self.left_alone(folder, output, 6)
+
+    def test_results_that_a_kill_prevented_are_written(self, folder, tmp_path):
+        """Without a further step, also of a run that was finished once and then went on."""
+        output = tmp_path / "run"
+        self.run(folder, output, 2)
+        self.run(folder, output, 4)
+        before = everything(output / "checkpoint-4"), weights(output)
+        results = json.loads((output / "eval_results.json").read_text())
+        for name in ("eval_results.json", "model.safetensors", "trainer_state.json", "README.md"):
+            (output / name).unlink()
+        assert "results, checkpoint and pictures: " in self.run(folder, output, 4)
+        assert before[0] == everything(output / "checkpoint-4")
+        assert all(torch.equal(tensor, before[1][name]) for name, tensor in weights(output).items())
+        assert sorted(path.name for path in complete(output)) == ["checkpoint-2", "checkpoint-4"]
+        assert json.loads((output / "eval_results.json").read_text())["eval_mean_iou"] == results["eval_mean_iou"]
+        assert json.loads((output / "train_results.json").read_text())["train_loss"] is None
+        assert (output / "README.md").exists()
+
+    @pytest.mark.parametrize("is_killed", [False, True])
+    def test_early_stopping(self, folder, tmp_path, is_killed):
+        """A run that stopped early is finished, unless it gets more patience. A kill does not renew its patience."""
+        output = tmp_path / "run"
+        options = ["--load_best_model_at_end", "True", "--eval_strategy", "steps", "--eval_steps", 2]
+        options += ["--learning_rate", 0, "--freeze_batch_norm", "True", "--lr_scheduler_type", "constant"]
+
+        def train(steps, patience):
+            self.run(folder, output, steps, *options, "--early_stopping_patience", patience)
+            return [int(path.name.split("-")[1]) for path in complete(output)]
+
+        if is_killed:  # after the first evaluation that was no better
+            assert train(4, 2) == [2, 4]
+            (output / "eval_results.json").unlink()
+        assert train(20, 2) == [2, 6]
+        assert "6 steps" in self.left_alone(folder, output, 20, *options, "--early_stopping_patience", 2)
+        (output / "eval_results.json").unlink()  # as if it had been killed before it was written
+        assert train(20, 2) == [2, 6]
+        assert train(8, 3) == [2, 8]
 
 
 def complete_or_distributed(output, processes):
@@ -161,7 +240,7 @@ def test_twenty_kills(folder, tmp_path):
         assert steps, "no checkpoint is left"
         assert max(steps) >= reached
         if reached:
-            assert f"going on from {output / f'checkpoint-{reached}'}" in run.log.read_text()
+            assert f"resuming from {output / f'checkpoint-{reached}'}" in run.log.read_text()
         reached = max(steps)
         assert reached < max_steps, "the run was over before its kills were"
     print(f"{kills} kills, {while_writing} of them while a checkpoint was being written, {reached} steps reached")
