@@ -1,6 +1,8 @@
 """Trainings with workers, and the ways in which they end: programs for a `Zygote`."""
 
+import signal
 import sys
+import time
 
 from conftest import tiny_segformer
 from test_trainer import Examples, OnStepEnd, config
@@ -8,7 +10,13 @@ from torch.utils.data import IterableDataset
 
 import pals_hf.cli.train  # noqa: F401
 from pals_hf import PALSTrainer
+from pals_hf.cli.ending import ends_at_ctrl_c
 from pals_hf.errors import InputError
+
+
+class Interrupting:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
 
 
 class Stream(IterableDataset):
@@ -53,3 +61,9 @@ def train(arguments):
     print(f"terminated: {trainer.terminated}", flush=True)
     if ending == "exits":
         sys.exit(3)
+
+
+@ends_at_ctrl_c
+def is_interrupted_in_a_destructor(_):
+    Interrupting()
+    time.sleep(60)

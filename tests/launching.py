@@ -8,6 +8,8 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+from conftest import RAW_VOID
+
 
 def launcher(script, processes=1, config=None):
     """`accelerate launch`, as a user types it; several real processes need the flags below on a CPU."""
@@ -54,3 +56,11 @@ def call(main, *arguments):
         except SystemExit as stop:
             code = stop.code or 0
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def command(folder, output, max_steps, *options):
+    """The same flags start a run and go on with it."""
+    where = ["--dataset_dir", folder, "--void_labels", RAW_VOID, "--output_dir", output, "--crop_size", "32", "32"]
+    steps = ["--max_steps", max_steps, "--per_device_train_batch_size", 2, "--logging_steps", 1]
+    quiet = ["--eval_strategy", "no", "--disable_tqdm", "True", "--resume_from_checkpoint", "auto"]
+    return list(map(str, [*where, *steps, *quiet, *options]))

@@ -6,8 +6,10 @@ import functools
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from ..errors import InputError, PushError, TrainingError
@@ -31,11 +33,34 @@ def ends_at_ctrl_c(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def program(*args: Any, **kwargs: Any) -> None:
         try:
-            main(*args, **kwargs)
+            with _interrupts_repeated():
+                main(*args, **kwargs)
         except KeyboardInterrupt as interrupt:
             leave(signal.SIGINT, str(interrupt))
 
     return program
+
+
+@contextmanager
+def _interrupts_repeated() -> Iterator[None]:
+    """Raise a `KeyboardInterrupt` again that Python has dropped, because it came in a destructor or during a fork."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def repeat(dropped: Any) -> None:
+        if dropped.exc_type is KeyboardInterrupt:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)  # after the destructor
+        else:
+            hook(dropped)
+
+    hook, handler = sys.unraisablehook, signal.signal(signal.SIGALRM, signal.default_int_handler)
+    sys.unraisablehook = repeat
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        signal.signal(signal.SIGALRM, handler)
 
 
 def leave(number: signal.Signals, what_now: str = "") -> NoReturn:

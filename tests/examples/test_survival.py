@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RAW_VOID
-from launching import call, environment_of_launch, launcher
+from launching import call, command, environment_of_launch, launcher
 from safetensors.torch import load_file
 from test_checkpoints import complete
 
@@ -21,14 +20,6 @@ from pals_hf.checkpoints import UNFINISHED
 from pals_hf.cli import train
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_seg_pals.py"
-
-
-def command(folder, output, max_steps, *options):
-    """The same flags start a run and go on with it."""
-    where = ["--dataset_dir", folder, "--void_labels", RAW_VOID, "--output_dir", output, "--crop_size", "32", "32"]
-    steps = ["--max_steps", max_steps, "--per_device_train_batch_size", 2, "--logging_steps", 1]
-    quiet = ["--eval_strategy", "no", "--disable_tqdm", "True", "--resume_from_checkpoint", "auto"]
-    return list(map(str, [*where, *steps, *quiet, *options]))
 
 
 class Running:
