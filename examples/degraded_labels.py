@@ -11,7 +11,8 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image as PILImage
 
-from pals_hf.data.checking import cache_file, hash_of_labels
+from pals_hf.data.caching import cached_map
+from pals_hf.data.checking import hash_of_labels
 from pals_hf.data.classes import IGNORE_INDEX
 from pals_hf.data.fractions import cache_key
 from pals_hf.errors import InputError
@@ -92,14 +93,12 @@ def _with_masks(
 ) -> Dataset:
     """Replace every mask by `change(mask, generator, **options)`, and cache the masks with those of `datasets`."""
     meaning = f"{description} {seed} {_FORMAT} {cache_key(dataset)}"
-    cache = cache_file(meaning)
-    return dataset.map(
+    return cached_map(
+        dataset,
         _change_mask,
+        meaning,
         fn_kwargs={"change": change, "seed": seed, "options": options},
         features=dataset.features,
-        keep_in_memory=cache is None,
-        cache_file_name=cache,
-        new_fingerprint=hashlib.sha256(meaning.encode()).hexdigest()[:16],
         desc="Degrading masks",
     )
 

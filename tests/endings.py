@@ -4,6 +4,7 @@ import signal
 import sys
 import time
 
+import datasets
 from conftest import tiny_segformer
 from test_trainer import Examples, OnStepEnd, config
 from torch.utils.data import IterableDataset
@@ -11,6 +12,7 @@ from torch.utils.data import IterableDataset
 import pals_hf.cli.train  # noqa: F401
 from pals_hf import PALSTrainer
 from pals_hf.cli.ending import ends_at_ctrl_c
+from pals_hf.data.caching import cached_map
 from pals_hf.errors import InputError
 
 
@@ -67,3 +69,21 @@ def train(arguments):
 def is_interrupted_in_a_destructor(_):
     Interrupting()
     time.sleep(60)
+
+
+@ends_at_ctrl_c
+def map_slowly(arguments):
+    """Compute 40 rows in a second, and cache them: `map_slowly(CACHE, NUM_PROC)`."""
+    datasets.config.HF_DATASETS_CACHE, num_proc = arguments[0], int(arguments[1])
+    print(rows := cached_map(numbers(), _double_slowly, "doubled", num_proc=num_proc if num_proc > 1 else None)["x"])
+    assert list(rows) == list(range(0, 80, 2))
+
+
+def numbers():
+    return datasets.Dataset.from_dict({"x": range(40)})
+
+
+def _double_slowly(row):
+    print("called", flush=True)
+    time.sleep(0.02)
+    return {"x": 2 * row["x"]}

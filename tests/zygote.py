@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,7 @@ def serve():
     for group in groups:  # of tests that failed
         with contextlib.suppress(OSError):
             os.killpg(group, signal.SIGKILL)
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)  # which conftest has made
     return None
 
 

@@ -1,7 +1,7 @@
 """Check every image and mask once: decode both, compare their sizes, store the mask as class indices, count pixels.
 
-The results are kept in the cache folder of `datasets`, so that the next run does not check again. The name of the
-cache file is a hash of the files' names, sizes and times and of the meaning of the mask values.
+The results are kept in the cache folder of `datasets`, so that the next run does not check again. Their name is a hash
+of the files' names, sizes and times and of the meaning of the mask values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from PIL import Image as PILImage
@@ -25,6 +24,7 @@ from PIL import ImageOps
 
 from ..errors import InputError, first_line
 from ..files import read_bytes
+from .caching import cached_map
 from .classes import Classes, Color, Palettes
 from .pictures import decode_picture, orientation_of_mask, refuse_deep, turn
 
@@ -73,14 +73,12 @@ def check_split(
     """
     raw = split.cast_column("image", Image(decode=False)).cast_column("labels", Image(decode=False))
     meaning = f"{_FORMAT} {fingerprint} {len(classes.names)} {sorted(classes.codes.items())}"
-    cache = None if fingerprint is None else cache_file(meaning)
-    found = raw.map(
+    found = cached_map(
+        raw,
         lambda example: _check_pair(example, classes),
+        None if fingerprint is None else meaning,
         features=_FOUND,
         remove_columns=raw.column_names,
-        keep_in_memory=cache is None,
-        cache_file_name=cache,
-        new_fingerprint=hashlib.sha256(meaning.encode()).hexdigest()[:16],
         num_proc=num_proc,
         desc="Checking images and masks",
     )
@@ -107,16 +105,6 @@ def fingerprint_of_files(paths: list[str]) -> str:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
         digest.update(f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
-
-
-def cache_file(contents: str) -> str | None:
-    """Return the path of a cache file that is named by a hash of `contents`, or None if no folder is writable."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "pals_hf"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # the home folder may not be writable
-        return None
-    return str(folder / f"{hashlib.sha256(contents.encode()).hexdigest()[:32]}.arrow")
 
 
 def hash_of_labels(labels: np.ndarray) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ..errors import InputError
-from .checking import cache_file
+from .caching import cached_map
 from .fractions import cache_key
 from .transforms import resize_of
 
@@ -42,14 +41,12 @@ def cache_resized(dataset: Dataset, processor: BaseImageProcessor, num_proc: int
     if not processor.do_resize:
         raise InputError("cache_images needs an image processor that resizes. Set image_size.")
     meaning = f"resized {_FORMAT} {cache_key(dataset)} {processor.size} {processor.resample}"
-    cache = cache_file(meaning)
-    return dataset.map(
+    return cached_map(
+        dataset,
         _resize_pair,
+        meaning,
         fn_kwargs={"resize": resize_of(processor)},
         features=datasets.Features({**dataset.features, "image": datasets.Image(), "labels": datasets.Image()}),
-        keep_in_memory=cache is None,
-        cache_file_name=cache,
-        new_fingerprint=hashlib.sha256(meaning.encode()).hexdigest()[:16],
         num_proc=num_proc,
         desc="Resizing images and masks",
     )
