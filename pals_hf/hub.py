@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tenacity
 from httpx2 import HTTPError, TransportError
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, get_session, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalTokenNotFoundError,
@@ -55,6 +55,7 @@ LAST_CHECKPOINT = "last-checkpoint"  # the folder that hub_strategy="checkpoint"
 # Status codes of transient errors. Commits at the same time give 409 or 412.
 _TRANSIENT = (409, 412, 429, 500, 502, 503, 504)
 _TRIES = 4
+_PATIENCE = 300.0  # seconds without a byte from the server
 _background = ThreadPoolExecutor(max_workers=1)  # one commit to a branch at a time
 
 
@@ -177,6 +178,7 @@ def download_checkpoint(
         InputError: the repository does not exist, or has no complete checkpoint.
     """
     api, run_dir = HfApi(token=token), Path(run_dir)
+    _lose_patience()
     try:
         info = api.model_info(repo_id, revision=revision)
 
@@ -244,6 +246,7 @@ def _persistently(
         wait=_wait,
         reraise=True,
     )
+    _lose_patience()
     try:
         return retrying(call)
     except (
@@ -255,6 +258,13 @@ def _persistently(
         times = f", after {_TRIES} attempts" if _is_transient(error) else ""
         reason = f"{_reason(error, repo_id, token, 'write to')}{times}"
         raise PushError(f"the push to {repo_id} failed: {reason}. {_how_to_push(folder, later)}") from error
+
+
+def _lose_patience() -> None:
+    """Let requests to a server that has stopped answering fail. The client would wait for ever."""
+    session = get_session()
+    if session.timeout.read is None:
+        session.timeout = _PATIENCE
 
 
 def _how_to_push(folder: str | os.PathLike | None, later: str) -> str:

@@ -20,7 +20,7 @@ from .checkpoints import last_complete_checkpoint
 from .data.fractions import MANIFEST
 from .errors import first_line
 from .files import atomic_write_text
-from .hub import LAST_CHECKPOINT, MODEL_FILES, create_repo, push_command, push_folder, push_in_background
+from .hub import LAST_CHECKPOINT, MODEL_FILES, create_repo, push_command, push_in_background
 from .metrics import nan_to_none
 from .model_card import (
     CARD_DATA,
@@ -218,8 +218,9 @@ class PublishingTrainer(AtomicCheckpointTrainer):
                 self._start_pushes(checkpoint, self._resume_files(checkpoint), where)
             )
             self._finish_current_push()
-        push = push_folder if blocking else push_in_background
-        return push(self.args.output_dir, self.hub_model_id, message=commit_message or "End of training", **where)
+        message = commit_message or "End of training"
+        push = push_in_background(self.args.output_dir, self.hub_model_id, message=message, **where)
+        return push.result() if blocking else push  # ctrl-C interrupts this wait, but not the push itself
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Do nothing. The parent calls this before the checkpoint has its own name, `_save_checkpoint` pushes it."""

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,7 +43,7 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What goes wrong: the next `times` requests that match get `status`, or are cut in the middle."""
+    """What goes wrong: the next `times` requests that match get `status`, are cut in the middle, or get no answer."""
 
     method: str
     path: str  # a regular expression
@@ -50,6 +51,7 @@ class Fault:
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
     body: str | None = None  # instead of a JSON error
+    is_silent: bool = False
 
 
 class LoopbackHub(ThreadingHTTPServer):
@@ -108,6 +110,9 @@ class _Handler(BaseHTTPRequestHandler):
         path, self.query = unquote(url.path), parse_qs(url.query)
         self.server.calls.append(f"{self.command} {path}")
         fault = self.server.take_fault(self.command, path)
+        if fault is not None and fault.is_silent:
+            time.sleep(60)
+            return
         if fault is not None and fault.status is None:
             self.rfile.read(min(int(self.headers.get("Content-Length", 0)), 2**20) // 2)
             self.close_connection = True

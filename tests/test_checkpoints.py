@@ -143,7 +143,7 @@ class TestResume:
             assert self.history(resumed) == self.history(whole), step
 
     @pytest.mark.parametrize("resume", ["path", True])
-    def test_takes_no_step_if_all_are_done(self, folder, tmp_path, resume):
+    def test_init_training_state_leaves_no_step_if_all_are_done(self, folder, tmp_path, resume):
         """Seven steps, in the middle of the second epoch. The best model is loaded all the same."""
         options = {"load_best_model_at_end": True, "save_total_limit": 1, "save_steps": 2}
         whole = self.trainer(folder, tmp_path / "run", **options)

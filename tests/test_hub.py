@@ -8,15 +8,21 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import hub
 import pytest
+from conftest import tiny_segformer
+from huggingface_hub import close_session, get_session
 from launching import launcher
 from test_checkpoints import write_checkpoint
+from test_trainer import config
 
+from pals_hf import PALSTrainer
 from pals_hf.checkpoints import step_of
 from pals_hf.hub import (
     NOT_OF_THE_RUN,
@@ -24,8 +30,10 @@ from pals_hf.hub import (
     _how_to_push,
     _matches,
     _newest_checkpoint,
+    _persistently,
     push_command,
 )
+from pals_hf.models import build_image_processor
 
 CLIENT = Path(__file__).parent / "hub_client.py"
 IS_REAL = "PALS_HF_TESTS_ON_REAL_HUB" in os.environ
@@ -239,3 +247,36 @@ def test_no_network(tmp_path, replaced):
     )
     assert [path.name for path in tmp_path.glob("run/*")] == replaced
     assert (tmp_path / "run").exists() is bool(replaced)
+
+
+@only_on_loopback
+def test_ctrl_c_during_a_push(server, tmp_path):
+    """It ends at once, though the Hub never answers, and though the client pushes in threads of its own."""
+    run = tmp_path / "run"
+    PALSTrainer(tiny_segformer(), config(run), processing_class=build_image_processor(None)).save_model()
+    server.faults = [hub.Fault("PUT", "/_lfs/", is_silent=True)]
+    command = [sys.executable, "-c", "from pals_hf.cli import main; main()", "push", run]
+    with subprocess.Popen(
+        [*command, "--repo_id", "street"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=hub.environment(server.endpoint, str(tmp_path / "home")),
+    ) as push:
+        while not any("/_lfs/" in call for call in server.calls):
+            assert push.poll() is None, push.stdout.read()
+            time.sleep(0.05)
+        push.send_signal(signal.SIGINT)
+        printed, _ = push.communicate(timeout=20)
+    assert push.returncode == 130
+    assert printed.splitlines()[-1] == "stopped by SIGINT"
+    assert "Traceback" not in printed
+
+
+def test_a_server_that_stops_answering_is_given_up():
+    assert get_session().timeout.read is None  # as the client sets it
+    try:
+        assert _persistently(lambda: 1, "a/b", None, None, "later") == 1
+        assert 60 <= get_session().timeout.read <= 600
+    finally:
+        close_session()

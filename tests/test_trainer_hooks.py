@@ -147,6 +147,7 @@ TESTS = {
     "_get_num_items_in_batch": test_get_num_items_in_batch_counts_labelled_pixels,
     "_get_output_dir": test_get_output_dir_is_temporary_while_a_checkpoint_is_written,
     "_hp_search_setup": test_hp_search_setup_builds_the_loss_of_the_trial,
+    "_init_training_state": (test_checkpoints.TestResume.test_init_training_state_leaves_no_step_if_all_are_done),
     "_load_best_model": test_load_best_model_unless_the_run_will_be_resumed,
     "_load_from_checkpoint": test_load_from_checkpoint_finds_weights_under_their_old_names,
     "_push_from_checkpoint": test_push_from_checkpoint_waits_until_the_checkpoint_is_complete,

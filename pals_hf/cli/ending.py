@@ -69,6 +69,10 @@ def leave(number: signal.Signals, what_now: str = "") -> NoReturn:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # another ctrl-C ends the program while it cleans up
     if is_main_process():
         print(f"stopped by {number.name}{what_now and '; '}{what_now}", flush=True)
+    others = set(threading.enumerate()) - {threading.main_thread()}
+    if number == signal.SIGINT and not all(thread.daemon for thread in others):
+        sys.stderr.flush()
+        os._exit(128 + number)  # sys.exit() would wait for them, and one may be pushing
     sys.exit(128 + number)
 
 

@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ..errors import InputError, PushError
-from ..hub import create_repo, push_command, push_folder
+from ..hub import create_repo, push_command, push_in_background
 from ..inference import load_for_inference
 from ..model_card import CardData, pictures_in
 from .ending import ends_at_ctrl_c, fail
@@ -56,7 +56,8 @@ def push(
     pictures = [name for name in pictures_in(folder) if not any(fnmatch(name, pattern) for pattern in leave_out)]
     facts = card.facts if license is None else replace(card.facts, license=license)
     replace(card, model_name=repo_id, facts=facts, pictures=tuple(pictures)).save(folder)
-    return push_folder(folder, repo_id, revision=revision, leave_out=leave_out, later=later).repo_url
+    push = push_in_background(folder, repo_id, revision=revision, leave_out=leave_out, later=later)
+    return push.result().repo_url  # ctrl-C interrupts this wait, but not the push itself
 
 
 @ends_at_ctrl_c

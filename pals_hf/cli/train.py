@@ -29,7 +29,7 @@ from ..data import FractionManifest, SegmentationData, SegmentationStream
 from ..data.fractions import MANIFEST
 from ..errors import InputError, PushError, TrainingError, first_line
 from ..files import atomic_write_text
-from ..hub import push_folder
+from ..hub import push_in_background
 from ..model_card import CardFacts
 from ..models import build_image_processor, build_model
 from ..run_folder import (
@@ -213,8 +213,8 @@ def leave_alone(trainer: PALSTrainer) -> None:
     )
     if config.push_to_hub:  # the run may have been stopped while it was pushed
         where = {"revision": config.hub_revision, "token": config.hub_token}
-        done = push_folder(config.output_dir, trainer.hub_model_id, message="End of training", **where)
-        print(f"pushed: {done.repo_url}", flush=True)
+        push = push_in_background(config.output_dir, trainer.hub_model_id, message="End of training", **where)
+        print(f"pushed: {push.result().repo_url}", flush=True)
 
 
 def prepare_output_dir(
