@@ -188,9 +188,23 @@ def begun_path(output_dir: Path, cell: Cell) -> Path:
 
 
 def run_cell(cell: Cell, output_dir: Path, num_threads: int) -> dict[str, Any]:
-    """Train one cell, from its last checkpoint if there is one, and return its result."""
-    folder, begin = output_dir / "runs" / cell.name, time.time()
+    """Train one cell, from its last checkpoint if there is one, append its result to the file, and return it.
+
+    If another sweep is training the cell, or an earlier one that was killed, wait for it and take its result.
+    """
+    folder = output_dir / "runs" / cell.name
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        done = read_results(output_dir, [cell])
+        if cell.name not in done:
+            append_result(output_dir, train_cell(cell, output_dir, num_threads))
+            done = read_results(output_dir, [cell])
+        discard_checkpoints(output_dir, cell)
+        return done[cell.name]
+
+
+def train_cell(cell: Cell, output_dir: Path, num_threads: int) -> dict[str, Any]:
+    folder, begin = output_dir / "runs" / cell.name, time.time()
     atomic_write_text(begun_path(output_dir, cell), json.dumps(cell.recorded))
     go_on = last_complete_checkpoint(folder) is not None
     flags = {**cell.recorded, "output_dir": str(folder), "num_threads": num_threads, "disable_tqdm": True}
@@ -299,8 +313,6 @@ def run_cells(
             except ray.exceptions.RayError as error:
                 yield cell, error
                 continue
-            append_result(output_dir, result)
-            discard_checkpoints(output_dir, cell)
             yield cell, result
     finally:
         ray.shutdown()

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None, arguments: type[TrainArguments] = TrainA
     try:
         args, config = parse_arguments(sys.argv[1:] if argv is None else argv, arguments)
         set_threads(args.num_threads)
-        choose_output_dir(args, config)
+        start = choose_output_dir(args, config)
         data, manifest = load_data(args)
         trainer = build_trainer(args, config, data, manifest)
         alone = lock_output_dir(config.output_dir) if is_main_process() else nullcontext()
@@ -73,6 +73,8 @@ def main(argv: list[str] | None = None, arguments: type[TrainArguments] = TrainA
         elif is_finished(trainer, manifest):
             leave_alone(trainer)
         else:
+            if start and is_main_process():
+                print(start, flush=True)
             trainer.dry_run()
             with alone:
                 prepare_output_dir(args, config, data, manifest)
@@ -107,11 +109,15 @@ def set_threads(num_threads: int | None) -> None:
     torch.set_num_threads(num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def choose_output_dir(args: TrainArguments, config: PALSConfig) -> None:
+def choose_output_dir(args: TrainArguments, config: PALSConfig) -> str:
     """Choose the output folder and the checkpoint to resume from, the same for all processes.
 
     Nothing is written, except for a checkpoint that is downloaded from the Hub.
+
+    Returns:
+        Where the run starts, for the user, if a checkpoint was asked for.
     """
+    start = ""
     if config.resume_from_checkpoint is not None:
         checkpoint = broadcast_object_list([find_checkpoint(config) if is_main_process() else None])[0]
         if checkpoint is not None and not is_complete_checkpoint(checkpoint):
@@ -120,14 +126,14 @@ def choose_output_dir(args: TrainArguments, config: PALSConfig) -> None:
             )
         config.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
         config.output_dir = config.output_dir or str(checkpoint.parent)
-        if is_main_process():
-            print("starting a new run" if checkpoint is None else f"resuming from {checkpoint}", flush=True)
+        start = "starting a new run" if checkpoint is None else f"resuming from {checkpoint}"
     if not config.output_dir:
         share = "manifest" if args.train_manifest else args.train_count or f"{args.train_fraction or 1:g}"
         what = "eval" if args.eval_only else f"{config.loss}-{share}-seed{config.seed}"
         name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{what}-{uuid.uuid4().hex[:4]}"
         config.output_dir = broadcast_object_list([name])[0]
     refuse_other_run(Path(config.output_dir), checkpoint_of(config), args.overwrite)
+    return start
 
 
 def checkpoint_of(config: PALSConfig) -> Path | None:

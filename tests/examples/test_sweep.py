@@ -161,6 +161,20 @@ def test_an_append_waits_for_that_of_another_sweep(tmp_path):
     assert list(sweep.read_results(tmp_path, CELLS)) == [CELLS[0].name]
 
 
+def test_a_cell_that_another_sweep_trains(tmp_path, monkeypatch):
+    """Its result is waited for and taken, and appears once."""
+    monkeypatch.setattr(sweep, "train_cell", lambda *_: pytest.fail("trained again"))
+    (tmp_path / "runs").mkdir()
+    with ThreadPoolExecutor() as pool:
+        with FileLock(tmp_path / "runs" / f"{CELLS[0].name}.lock"):
+            cell = pool.submit(sweep.run_cell, CELLS[0], tmp_path, 1)
+            wait([cell], timeout=0.5)
+            assert not cell.done()
+            sweep.append_result(tmp_path, result_of(CELLS[0], seconds=7))
+        assert cell.result(timeout=60)["seconds"] == 7
+    assert sweep.results_path(tmp_path).read_text().count("\n") == 1
+
+
 def test_a_cell_goes_on_with_the_flags_it_began_with(tmp_path):
     cell = sweep.Cell({"seed": "0"}, {"learning_rate": 1e-4})
     began = sweep.begun_path(tmp_path, cell)
@@ -214,6 +228,26 @@ def test_is_cut_and_goes_on(folder, tmp_path):
     code, _, errors = finish(start(recipe, output), output)
     assert code == 2
     assert "was made with other flags than the recipe has now" in errors
+
+
+@pytest.mark.slow
+def test_two_at_once_and_a_killed_training(folder, tmp_path):
+    """Each cell is trained once, and its process may be killed."""
+    grid = {"loss": ["ce", "label_smoothing"]}
+    recipe, output = recipe_of(folder, grid, max_steps=60), tmp_path / "sweep"
+    sweeps = [start(recipe, output)]
+    log = output / "runs" / "loss=ce.log"
+    deadline = time.time() + 120
+    while not (log.exists() and "'loss'" in log.read_text()) and time.time() < deadline:
+        time.sleep(0.1)
+    sweeps.append(start(recipe, output))
+    owner = (output / "runs" / "loss=ce" / "_lock-owner").read_text()
+    os.kill(int(owner.split()[1]), signal.SIGKILL)
+    for running in sweeps:
+        code, printed, errors = finish(running, output)
+        assert code == 0, errors[-2000:]
+    assert "2 of 2 cells are done" in printed
+    assert sweep.results_path(output).read_text().count("\n") == 2
 
 
 @pytest.mark.parametrize("name", ["builtin", "camvid"])
