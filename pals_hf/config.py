@@ -20,7 +20,7 @@ ERRORS = ("loss", "ece", "brier")  # endings of the metrics of which less is bet
 POLY = {"power": 0.9, "lr_end": 0.0}  # the usual schedule of segmentation
 
 
-@dataclass
+@dataclass(repr=False)  # the parent's hides tokens
 class PALSConfig(TrainingArguments):
     r"""Arguments of [`PALSTrainer`]: those of [`~transformers.TrainingArguments`] and the fields below.
 

@@ -101,6 +101,8 @@ def test_the_token_is_in_no_pickle_and_no_json(tmp_path):
     assert b"hf_secret" not in pickle.dumps(config)
     assert "hf_secret" not in json.dumps(config.to_dict())
     assert config.hub_token == "hf_secret"  # still there for pushing
+    for text in (repr(config), str(config), config.to_json_string(), str(config.to_sanitized_dict())):
+        assert "hf_secret" not in text
     assert pickle.loads(pickle.dumps(config)).beta == config.beta
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,6 +15,8 @@ from typing import Any, NoReturn
 
 from ..errors import InputError, PushError, TrainingError
 
+_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}")  # of the Hub: a line may quote the command line or a recipe
+
 
 def fail(error: InputError | TrainingError | PushError) -> NoReturn:
     """Print an error in one line and exit, with code 2 for wrong input and code 1 for all else."""
@@ -23,7 +26,7 @@ def fail(error: InputError | TrainingError | PushError) -> NoReturn:
     text = str(error)
     if text.startswith("Caught "):  # in a worker of a DataLoader: torch puts its traceback into the message
         text = text.rpartition(f"{type(error).__name__}: ")[2]
-    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    print(f"error: {_TOKEN.sub('<TOKEN>', ' '.join(text.split()))}", file=sys.stderr, flush=True)
     sys.exit(2 if isinstance(error, InputError) else 1)
 
 

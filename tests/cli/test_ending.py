@@ -3,13 +3,24 @@
 import signal
 
 import pytest
-from launching import command
+from hub import TOKEN
+from launching import call, command
 from test_checkpoints import complete
+
+from pals_hf.cli import train
 
 
 def test_an_interrupt_that_python_drops(zygote, tmp_path):
     run = zygote.start("endings:is_interrupted_in_a_destructor", log=tmp_path / "log")
     assert run.finish(timeout=30) == (130, "stopped by SIGINT\n")
+
+
+@pytest.mark.parametrize("flags", [["--hub_tokn", TOKEN], [TOKEN], ["--push_to_hub", TOKEN]])
+def test_errors_quote_no_token(flags):
+    result = call(train.main, *flags)
+    assert result.returncode == 2
+    assert "<TOKEN>" in result.stderr
+    assert TOKEN not in result.stderr
 
 
 class TestTraining:
