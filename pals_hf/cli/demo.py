@@ -17,13 +17,14 @@ import os
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .ending import fail
+from .ending import one_line
 from .parser import OneLineParser
 
 if TYPE_CHECKING:
     from gradio import Blocks
 
 
+@one_line()
 def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
     parser = OneLineParser(
@@ -32,12 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--models", nargs="+", metavar="NAME=PATH", help="Models to compare. Default: the models in PALS_MODELS."
     )
-    try:
-        given = parser.parse_args(argv).models
-        page = build_page(models_of_environment() if given is None else read_models(given))
-    except InputError as error:
-        fail(error)
-    page.launch()
+    given = parser.parse_args(argv).models
+    build_page(models_of_environment() if given is None else read_models(given)).launch()
 
 
 def models_of_environment() -> dict[str, str]:

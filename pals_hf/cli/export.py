@@ -28,7 +28,7 @@ from ..data.synthetic import generate_scene
 from ..errors import InputError, first_line
 from ..functional import upsample
 from ..inference import load_for_inference, read_pictures
-from .ending import fail
+from .ending import one_line
 from .parser import OneLineParser
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Logits(nn.Module):
         return self.model(pixel_values=pixel_values).logits
 
 
+@one_line()
 def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
     parser = OneLineParser(
@@ -59,16 +60,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("file", type=Path, help="File to write, NAME.onnx.")
     parser.add_argument("--image", type=Path, help="Image for the check. Default: a built-in street scene.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the file if it exists.")
-    try:
-        args = parser.parse_args(argv)
-        require_packages()
-        check_file(args.file, args.overwrite)
-        image = generate_scene((0,))[0] if args.image is None else next(read_pictures(args.image))
-        model, processor = load_for_inference(args.model, "cpu")
-        pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
-        print("\n".join(export(model.float(), pixel_values, args.file)))
-    except InputError as error:
-        fail(error)
+    args = parser.parse_args(argv)
+    require_packages()
+    check_file(args.file, args.overwrite)
+    image = generate_scene((0,))[0] if args.image is None else next(read_pictures(args.image))
+    model, processor = load_for_inference(args.model, "cpu")
+    pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
+    print("\n".join(export(model.float(), pixel_values, args.file)))
     print(f"\nThe model is in {args.file}")
 
 

@@ -22,11 +22,10 @@ import numpy as np
 from datasets import Dataset
 
 from ..data import FractionManifest, SegmentationData
-from ..errors import InputError
 from ..options import IMAGES, RUN, option
 from ..visualize import prediction_sheet
 from .arguments import DataArguments, read_data
-from .ending import fail
+from .ending import one_line
 from .parser import OptionParser
 
 CONSTANT = 4.0  # standard deviation of grey values (0 to 255) below which an image counts as nearly constant
@@ -41,14 +40,12 @@ class InspectionArguments(DataArguments):
     output_dir: str = option(".", RUN, "Folder for inspection.json and inspection.png. Default: the current folder.")
 
 
+@one_line()
 def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
-    try:
-        (args,) = OptionParser(InspectionArguments, __doc__).parse(sys.argv[1:] if argv is None else argv)
-        data = read_data(args, skip_bad_samples=True)
-        report = inspect(data, args)
-    except InputError as error:
-        fail(error)
+    (args,) = OptionParser(InspectionArguments, __doc__).parse(sys.argv[1:] if argv is None else argv)
+    data = read_data(args, skip_bad_samples=True)
+    report = inspect(data, args)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "inspection.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -38,7 +38,7 @@ from ..data.classes import MAX_CLASSES
 from ..errors import InputError, first_line
 from ..inference import Prediction, load_for_inference, predict, read_pictures
 from ..visualize import heat_map, index_picture, overlay
-from .ending import fail
+from .ending import one_line
 from .parser import OneLineParser
 
 if TYPE_CHECKING:
@@ -57,26 +57,24 @@ class Picture(NamedTuple):
     name: str  # the names of its result files begin with this
 
 
+@one_line()
 def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
-    try:
-        args = parse_arguments(argv)
-        root, files = find_files(args.input, args.output_dir)
-        pictures = list_pictures(root, files)
-        check_output_dir(args, pictures)
-        model, processor = load_for_inference(args.model, args.device)
-        num_classes = model.config.num_labels
-        if num_classes > MAX_CLASSES:
-            raise InputError(f"{args.model} has {num_classes} classes, but a mask can hold at most {MAX_CLASSES}")
-        options = {"window": args.window, "overlap": args.overlap, "flip": args.flip}
-        report = {"model": args.model, "revision": revision_of(args.model), **options, "images": []}
-        for batch, predictions in predict_all(model, processor, files, pictures, args.batch_size, options):
-            if not report["images"]:  # only now, because the network may fail on the first batch
-                prepare_output_dir(args.output_dir)
-            for (picture, image), prediction in zip(batch, predictions, strict=True):
-                report["images"].append(write_results(picture, image, prediction, model.config.id2label, args))
-    except InputError as error:
-        fail(error)
+    args = parse_arguments(argv)
+    root, files = find_files(args.input, args.output_dir)
+    pictures = list_pictures(root, files)
+    check_output_dir(args, pictures)
+    model, processor = load_for_inference(args.model, args.device)
+    num_classes = model.config.num_labels
+    if num_classes > MAX_CLASSES:
+        raise InputError(f"{args.model} has {num_classes} classes, but a mask can hold at most {MAX_CLASSES}")
+    options = {"window": args.window, "overlap": args.overlap, "flip": args.flip}
+    report = {"model": args.model, "revision": revision_of(args.model), **options, "images": []}
+    for batch, predictions in predict_all(model, processor, files, pictures, args.batch_size, options):
+        if not report["images"]:  # only now, because the network may fail on the first batch
+            prepare_output_dir(args.output_dir)
+        for (picture, image), prediction in zip(batch, predictions, strict=True):
+            report["images"].append(write_results(picture, image, prediction, model.config.id2label, args))
     (args.output_dir / RESULTS).write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
     print_table(report["images"], num_classes)
     print(f"\nThe results are in {args.output_dir}")

@@ -15,11 +15,10 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..errors import InputError, PushError
 from ..hub import create_repo, push_command, push_folder
 from ..inference import load_for_inference
 from ..model_card import CardData, pictures_in
-from .ending import fail
+from .ending import one_line
 from .parser import OneLineParser
 
 
@@ -59,6 +58,7 @@ def push(
     return push_folder(folder, repo_id, revision=revision, leave_out=leave_out, later=later).repo_url
 
 
+@one_line()
 def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
     parser = OneLineParser(
@@ -70,7 +70,4 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="Make a new repository private.")
     parser.add_argument("--revision", help="Branch to push to. Default: main.")
     parser.add_argument("--leave_out", nargs="*", default=[], help="Patterns of files that are not pushed.")
-    try:
-        print(f"pushed: {push(**vars(parser.parse_args(argv)))}")
-    except (InputError, PushError) as error:
-        fail(error)
+    print(f"pushed: {push(**vars(parser.parse_args(argv)))}")

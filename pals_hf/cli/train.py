@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import uuid
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,7 +26,7 @@ from ..checkpoints import is_complete_checkpoint
 from ..config import PALSConfig
 from ..data import FractionManifest, SegmentationData, SegmentationStream
 from ..data.fractions import MANIFEST
-from ..errors import InputError, PushError, TrainingError
+from ..errors import InputError
 from ..files import atomic_write_text
 from ..model_card import CardFacts
 from ..models import build_image_processor, build_model
@@ -39,7 +39,7 @@ from ..run_folder import (
 )
 from ..trainer import PALSTrainer
 from .arguments import TrainArguments
-from .ending import fail, is_main_process
+from .ending import is_main_process, one_line
 from .parser import OptionParser, with_recipe
 from .report import SKIPPED, load_finished, report
 from .train_data import build_datasets, build_streams, load_data
@@ -55,27 +55,38 @@ def main(argv: list[str] | None = None, arguments: type[TrainArguments] = TrainA
         argv: the command line. Default: that of this process.
         arguments: the dataclass of the options; a study has more of them.
     """
-    try:
-        args, config = parse_arguments(sys.argv[1:] if argv is None else argv, arguments)
+    argv, trainer = sys.argv[1:] if argv is None else argv, None
+    with one_line(lambda: trainer is None or not trainer.has_stepped, argv):
+        args, config = parse_arguments(argv, arguments)
         set_threads(args.num_threads)
         choose_output_dir(args, config)
+        is_new = not Path(config.output_dir).exists()
         data, manifest = load_data(args)
-        trainer = build_trainer(args, config, data, manifest)
+        try:
+            trainer = build_trainer(args, config, data, manifest)
+            if not args.eval_only:
+                trainer.dry_run()
+        except Exception:
+            if is_new and is_main_process():  # transformers creates the folder
+                remove_if_empty(Path(config.output_dir))
+            raise
         alone = lock_output_dir(config.output_dir) if is_main_process() else nullcontext()
         if args.eval_only:
             with alone:
                 report(trainer, data, trainer.evaluate(), args.model_name_or_path)
         else:
-            trainer.dry_run()
             with alone:
                 prepare_output_dir(args, config, data, manifest)
                 train(trainer)
                 report(trainer, data, trainer.evaluate(), config.output_dir)
                 if config.push_to_hub:
                     push(trainer)
-    except (InputError, TrainingError, PushError) as error:
-        fail(error)
-    trainer.end()
+        trainer.end()
+
+
+def remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # it holds files
+        folder.rmdir()
 
 
 def parse_arguments(argv: list[str], arguments: type[TrainArguments]) -> tuple[TrainArguments, PALSConfig]:
@@ -84,9 +95,24 @@ def parse_arguments(argv: list[str], arguments: type[TrainArguments]) -> tuple[T
     parser.set_defaults(output_dir="")  # stands for a new folder
     argv = with_recipe(argv, parser)
     args, config = parser.parse(argv)
+    refuse_other_tasks(args, config, parser, argv)
     if args.has_random_weights and not parser.is_given("learning_rate", argv):
         config.learning_rate = LEARNING_RATE_OF_RANDOM_WEIGHTS
     return args, config
+
+
+def refuse_other_tasks(args: TrainArguments, config: PALSConfig, parser: OptionParser, argv: list[str]) -> None:
+    """Refuse do_train, do_eval and do_predict where they ask for something else than this program does."""
+    does = {"do_train": not args.eval_only, "do_eval": True, "do_predict": False}
+    asked = {name: getattr(config, name) for name in does if parser.is_given(name, argv)}
+    for name, value in asked.items():
+        if value != does[name]:
+            raise InputError(
+                f"{name} {value} has no effect here. This program trains and scores, or with --eval_only scores; "
+                "`pals-hf predict` segments images"
+            )
+    if asked.get("do_eval") and not asked.get("do_train") and not args.eval_only:
+        raise InputError("do_eval without do_train would still train. Use --eval_only to score a checkpoint")
 
 
 def set_threads(num_threads: int | None) -> None:
@@ -142,19 +168,16 @@ def build_trainer(
             raise InputError("early_stopping_patience needs --load_best_model_at_end True")
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
     build = build_streams if args.streaming else build_datasets
-    try:
-        train_dataset, eval_dataset = build(args, config, data, manifest, processor)
-        return PALSTrainer(
-            model,
-            config,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processor,
-            callbacks=callbacks,
-            card_facts=card_facts(args, data, manifest),
-        )
-    except ValueError as error:  # arguments that exclude each other, or a service in report_to that is not installed
-        raise InputError(str(error)) from error
+    train_dataset, eval_dataset = build(args, config, data, manifest, processor)
+    return PALSTrainer(
+        model,
+        config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        callbacks=callbacks,
+        card_facts=card_facts(args, data, manifest),
+    )
 
 
 def card_facts(

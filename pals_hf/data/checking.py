@@ -10,6 +10,7 @@ import errno
 import hashlib
 import io
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +96,8 @@ def cache_file(contents: str) -> str | None:
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "pals_hf"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # the home folder may not be writable
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:  # the folder may belong to somebody else, and its disk may be full
         return None
     return str(folder / f"{hashlib.sha256(contents.encode()).hexdigest()[:32]}.arrow")
 
