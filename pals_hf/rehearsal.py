@@ -7,27 +7,27 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import EvalPrediction
+from transformers import EvalPrediction, Trainer
 
 from .data import ID
 from .errors import InputError, first_line, is_out_of_memory
 
-if TYPE_CHECKING:
-    from .trainer import PALSTrainer
 
-
-def rehearse(trainer: PALSTrainer) -> None:
+def rehearse(trainer: Trainer) -> None:
     """Build what a training needs, go through one of its steps, and evaluate one image.
 
     The step runs forward and backward on a whole batch. If an epoch ends in a smaller batch, that size runs forward,
     too. Weights, statistics, gradients, random numbers and the order of the data are the same afterwards, so that a
     training has the same result with and without a rehearsal.
+
+    Args:
+        trainer: a [`PALSTrainer`].
 
     Raises:
         InputError: the network cannot be trained or evaluated on these images with these options.
@@ -38,16 +38,14 @@ def rehearse(trainer: PALSTrainer) -> None:
         if trainer.optimizer is None and not trainer.is_deepspeed_enabled:
             trainer.create_optimizer()
             trainer.create_scheduler(steps)
-        if (
-            trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        ):  # the weights are on the CPU until the training distributes them
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # the whole network may not fit on one device
             _compute_loss(trainer, _first_examples(trainer.train_dataset, 1), is_training=False)
             return
         _rehearse_step(trainer, steps)
         _rehearse_evaluation(trainer)
 
 
-def _rehearse_step(trainer: PALSTrainer, steps: int) -> None:
+def _rehearse_step(trainer: Trainer, steps: int) -> None:
     size = trainer._train_batch_size
     examples = _first_examples(trainer.train_dataset, size)
     try:
@@ -61,7 +59,7 @@ def _rehearse_step(trainer: PALSTrainer, steps: int) -> None:
             _compute_loss(trainer, examples[:last], is_training=True, place=" in the last batch of an epoch")
 
 
-def _size_of_last_batch(trainer: PALSTrainer, steps: int) -> int:
+def _size_of_last_batch(trainer: Trainer, steps: int) -> int:
     """Return the size of the last batch of an epoch if it is smaller than the others and the training gets there."""
     args, dataset = trainer.args, trainer.train_dataset
     # Accelerate fills up the last batch of several processes.
@@ -71,7 +69,7 @@ def _size_of_last_batch(trainer: PALSTrainer, steps: int) -> int:
     return len(dataset) % trainer._train_batch_size if is_reached else 0
 
 
-def _compute_loss(trainer: PALSTrainer, examples: list[Any], is_training: bool, place: str = "") -> None:
+def _compute_loss(trainer: Trainer, examples: list[Any], is_training: bool, place: str = "") -> None:
     model, device = trainer.model, next(trainer.model.parameters()).device
     batch = trainer.data_collator(examples)
     trainer.check_batch(batch)
@@ -85,7 +83,7 @@ def _compute_loss(trainer: PALSTrainer, examples: list[Any], is_training: bool, 
             loss.backward()
 
 
-def _rehearse_evaluation(trainer: PALSTrainer) -> None:
+def _rehearse_evaluation(trainer: Trainer) -> None:
     if trainer.eval_dataset is None:
         return
     sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
@@ -167,7 +165,7 @@ def _remedy(error: Exception, model: nn.Module) -> str:
 
 
 @contextmanager
-def _without_a_trace(trainer: PALSTrainer) -> Iterator[None]:
+def _without_a_trace(trainer: Trainer) -> Iterator[None]:
     """Restore the network, the trainer and the random numbers at the end."""
     model, accelerator = trainer.model, trainer.accelerator
     modes = [(module, module.training) for module in model.modules()]

@@ -216,9 +216,9 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
                 raise InputError("the training data set is empty")
             processes = f" in each of {self.args.world_size} processes" if self.args.world_size > 1 else ""
             raise InputError(
-                f"dataloader_drop_last leaves no batch to train on: there are {len(self.train_dataset)} training images "
-                f"for batches of {self._train_batch_size}{processes}. Use a smaller per_device_train_batch_size, or "
-                "leave dataloader_drop_last out"
+                f"dataloader_drop_last leaves no batch to train on: there are {len(self.train_dataset)} training "
+                f"images for batches of {self._train_batch_size}{processes}. Use a smaller "
+                "per_device_train_batch_size, or leave dataloader_drop_last out"
             )
         return loader
 

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from itertools import pairwise
 from typing import Any, NoReturn, TextIO
 
 from transformers.utils import logging
@@ -84,7 +85,7 @@ def _given(argv: list[str]) -> dict[str, str]:
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     words = [word for argument in argv for word in argument.split("=", 1)]
     found = {}
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in pairwise([*words, "--"]):
         name = word.removeprefix("--").replace("-", "_")
         if word.startswith("--") and name in names:
             found[name] = "" if following.startswith("--") else following
