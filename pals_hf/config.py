@@ -56,6 +56,13 @@ _FIXED = {
     ),
 }
 
+# Options of transformers that are ignored without another one.
+_NEEDED = {
+    "fsdp_config": ("fsdp",),
+    "activation_checkpointing_kwargs": ("activation_checkpointing", "gradient_checkpointing"),
+    "gradient_checkpointing_kwargs": ("gradient_checkpointing", "activation_checkpointing"),
+}
+
 
 @dataclass
 class PALSConfig(TrainingArguments):
@@ -214,6 +221,9 @@ class PALSConfig(TrainingArguments):
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(ERRORS)
         self.check()
+        for name, needed in _NEEDED.items():
+            if getattr(self, name, None) and not any(getattr(self, other, None) for other in needed):
+                raise InputError(f"{name} has no effect without {needed[0]}")
         super().__post_init__()
         started = int(os.environ.get("WORLD_SIZE", 1))
         if started > 1 and self.world_size == 1:
@@ -286,7 +296,7 @@ class PALSConfig(TrainingArguments):
                 "the images of a training batch have one size, so there are no lengths to sort by"
             )
         for name, (only, reason) in _FIXED.items():
-            if getattr(self, name) != only:
+            if getattr(self, name, only) != only:
                 raise InputError(f"{name} must be {only}: {reason}")
 
     def _refuse_contradictions(self) -> None:

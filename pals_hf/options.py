@@ -76,5 +76,5 @@ def _limits_of(default: Any, value: float) -> tuple[float, float]:
 
 def _range_in_words(low: float, high: float, value: float) -> str:
     if value > high:
-        return f"be at most {high:g}" if isinstance(high, float) else f"be at most {high}"
+        return f"be below {high:g}" if isinstance(high, float) else f"be at most {high}"
     return "not be negative" if low == 0 else "be positive" if 0 < low <= 1 else f"be at least {low:g}"

@@ -75,10 +75,12 @@ def _compute_loss(trainer: Trainer, examples: list[Any], is_training: bool, plac
     trainer.check_batch(batch)
     batch = {name: value.to(device) for name, value in batch.items() if name != ID}
     model.train(is_training)
+    is_compiled = trainer.args.torch_compile
+    network = torch.compile(model, **trainer.accelerator.state.dynamo_plugin.to_kwargs()) if is_compiled else model
     images = f"{len(examples)} training image{'s' if len(examples) > 1 else ''}"
     with _named_input(model, f"{images} of {_size_of(batch)} pixels{place}"):
         with torch.set_grad_enabled(is_training and torch.is_grad_enabled()), trainer.accelerator.autocast():
-            loss = trainer.compute_loss(model, batch)
+            loss = trainer.compute_loss(network, batch)
         if loss.requires_grad:
             loss.backward()
 

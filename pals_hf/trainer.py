@@ -210,10 +210,10 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
         Raises:
             InputError: an epoch has no batch.
         """
+        if has_length(self.train_dataset) and len(self.train_dataset) == 0:
+            raise InputError("the training data set is empty")
         loader = super().get_train_dataloader()
         if has_length(loader) and len(loader) == 0:
-            if not len(self.train_dataset):
-                raise InputError("the training data set is empty")
             processes = f" in each of {self.args.world_size} processes" if self.args.world_size > 1 else ""
             raise InputError(
                 f"dataloader_drop_last leaves no batch to train on: there are {len(self.train_dataset)} training "
@@ -343,8 +343,6 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """Sum [`count_pixels`] over all micro-batches of all processes. The parent counts unlabelled pixels, too."""
         self._micro_batches = []
-        if not batch_samples and not self.has_stepped:
-            raise InputError("the training data set is empty")
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
         for batch in batch_samples:

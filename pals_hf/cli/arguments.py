@@ -70,7 +70,7 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        check_numbers(self, {"preprocessing_num_workers": (1, MOST_WORKERS)})
+        check_numbers(self, {"preprocessing_num_workers": (1, MOST_WORKERS), "validation_share": (0, 1)})
 
 
 def source_of(args: DataArguments) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..data.synthetic import generate_scene
 from ..errors import InputError, first_line
+from ..files import refuse_unwritable
 from ..functional import upsample
 from ..inference import load_for_inference, read_pictures
 from .ending import one_line
@@ -87,10 +88,12 @@ def check_file(file: Path, overwrite: bool) -> None:
     """Check that the file can be written.
 
     Raises:
-        InputError: its name does not end in .onnx, or the file exists and may not be replaced.
+        InputError: its name does not end in .onnx, its folder cannot be written to, or the file exists and may not be
+            replaced.
     """
     if file.is_dir() or file.suffix != ".onnx":
         raise InputError(f"{file} must be a file with the extension .onnx")
+    refuse_unwritable(file.parent)
     if file.exists() and not overwrite:
         raise InputError(f"{file} exists. Use --overwrite, or choose another name.")
 

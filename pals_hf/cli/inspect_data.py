@@ -22,6 +22,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..data import FractionManifest, SegmentationData
+from ..files import refuse_unwritable
 from ..options import IMAGES, RUN, option
 from ..visualize import prediction_sheet
 from .arguments import DataArguments, read_data
@@ -44,9 +45,10 @@ class InspectionArguments(DataArguments):
 def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
     (args,) = OptionParser(InspectionArguments, __doc__).parse(sys.argv[1:] if argv is None else argv)
+    folder = Path(args.output_dir)
+    refuse_unwritable(folder)
     data = read_data(args, skip_bad_samples=True)
     report = inspect(data, args)
-    folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "inspection.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
     # The first images of a balanced draw cover as many classes as possible.

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from ..data.classes import MAX_CLASSES
 from ..errors import InputError, first_line
+from ..files import refuse_unwritable
 from ..inference import Prediction, load_for_inference, predict, read_pictures
 from ..visualize import heat_map, index_picture, overlay
 from .ending import one_line
@@ -233,11 +234,10 @@ def check_output_dir(args: argparse.Namespace, pictures: list[Picture]) -> None:
     """Check that no file would be overwritten, unless `--overwrite` is given.
 
     Raises:
-        InputError: the output folder is a file, or contains a file that would be overwritten.
+        InputError: the output folder cannot be written to, or contains a file that would be overwritten.
     """
     folder = args.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir {folder} is a file. Choose a folder.")
+    refuse_unwritable(folder)
     wanted = [RESULTS, *(name for picture in pictures for name in file_names(picture, args.uncertainty).values())]
     existing = next((name for name in wanted if (folder / name).exists()), None)
     if existing is not None and not args.overwrite:

@@ -99,6 +99,7 @@ def start(folder, tmp_path):
         (["--report_to", "swanlab"], ["swanlab"]),
         (["--fsdp", "full_shard"], ["fsdp"]),
         (["--torch_compile_backend", "nonsense"], ["--torch_compile_backend nonsense"]),
+        (["--torch_compile_mode", "nonsense"], ["--torch_compile_mode nonsense"]),
         (["--warmup_steps", "1"], ["warmup_steps 1 leaves no step"]),
         (
             ["--load_best_model_at_end", "True", "--eval_steps", "2", "--save_steps", "2"],

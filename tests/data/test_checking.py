@@ -152,3 +152,15 @@ def test_what_a_disk_failed_to_read_is_read_again(folder, monkeypatch):
 def test_several_processes_check_the_same(folder):
     with_one, with_two = load_folder(folder), load_folder(folder, void_labels=[RAW_VOID, 77], num_proc=2)
     assert with_one.train["labels_sha256"] == with_two.train["labels_sha256"]
+
+
+def test_a_cache_folder_of_somebody_else(tmp_path, monkeypatch):
+    """It exists, but nothing can be written to it: the check works without a cache."""
+    folder = tmp_path / "pals_hf"
+    folder.mkdir()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    assert checking.cache_file("contents").startswith(str(folder))
+    assert not list(folder.iterdir())
+    folder.rmdir()
+    folder.symlink_to("/proc")  # where root cannot write either
+    assert checking.cache_file("contents") is None
