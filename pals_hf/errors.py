@@ -15,15 +15,15 @@ class PushError(RuntimeError):
     """A push to the Hub failed. The message says why, where the files are, and how to push them later."""
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message that is not empty, or else the name of the error's type.
+def message_of(error: BaseException) -> str:
+    """Return an error's message, without the traceback that torch puts before that of a worker of a DataLoader."""
+    text = str(error)
+    return text.rpartition(f"{type(error).__name__}: ")[2] if text.startswith("Caught ") else text
 
-    An error of a worker of a DataLoader carries the worker's traceback in its message: its last line says what failed.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return lines[-1].removeprefix(f"{type(error).__name__}: ") if lines[0].startswith("Caught ") else lines[0]
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that is not empty, or else the name of the error's type."""
+    return next((line.strip() for line in message_of(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TextIO
 
 from transformers.utils import logging
 
-from ..errors import InputError, PushError, TrainingError, first_line, is_out_of_memory
+from ..errors import InputError, PushError, TrainingError, first_line, is_out_of_memory, message_of
 
 _OURS = (InputError, TrainingError, PushError)
 # Options that are given all the time and are hardly ever why a library fails.
@@ -49,13 +49,13 @@ def one_line(is_setup: Callable[[], bool] = lambda: True, argv: list[str] | None
                 fail(in_one_line(error, sys.argv[1:] if argv is None else argv))
             if not (is_out_of_memory(error) or (isinstance(error, OSError) and error.errno)):
                 raise
-            fail(_caused(TrainingError(message_of(error)), error))
+            fail(_caused(TrainingError(problem_of(error)), error))
 
 
 def in_one_line(error: Exception, argv: list[str]) -> InputError:
     """Return an error of a library as one of this package, with the options of transformers that may cause it."""
     flags = _given(argv)
-    text = message_of(error)
+    text = problem_of(error)
     if any(re.search(rf"\b{name}\b", text) for name in flags):
         return _caused(InputError(text), error)
     suspects = [name for name, value in flags.items() if len(value) > 2 and value in text]
@@ -64,7 +64,7 @@ def in_one_line(error: Exception, argv: list[str]) -> InputError:
     return _caused(InputError(f"{text} (given: {given})" if given else text), error)
 
 
-def message_of(error: Exception) -> str:
+def problem_of(error: Exception) -> str:
     """Return what went wrong, with its type where the message alone does not tell."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -102,10 +102,7 @@ def fail(error: InputError | TrainingError | PushError) -> NoReturn:
         time.sleep(10)
     if logging.get_verbosity() <= logging.DEBUG:
         traceback.print_exception(error)
-    text = str(error)
-    if text.startswith("Caught "):  # in a worker of a DataLoader: torch puts its traceback into the message
-        text = first_line(error)
-    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(message_of(error).split())}", file=sys.stderr, flush=True)
     sys.exit(2 if isinstance(error, InputError) else 1)
 
 
