@@ -25,7 +25,6 @@ _TINY = math.ulp(0.0)  # the smallest positive number
 _SEED = (0, 2**32 - 1)
 _ANY = (-(2**31), LARGEST)
 _LIMITS = {
-    "learning_rate": (_TINY, math.inf),
     "head_lr_multiplier": (_TINY, math.inf),
     "adam_epsilon": (_TINY, math.inf),
     "adam_beta1": (0, math.nextafter(1, 0)),

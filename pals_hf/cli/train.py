@@ -96,6 +96,8 @@ def parse_arguments(argv: list[str], arguments: type[TrainArguments]) -> tuple[T
     argv = with_recipe(argv, parser)
     args, config = parser.parse(argv)
     refuse_other_tasks(args, config, parser, argv)
+    if config.learning_rate == 0 and not args.eval_only:  # in Python, it may be a probe
+        raise InputError("learning_rate must be positive, got 0: the network would stay as it is")
     if args.has_random_weights and not parser.is_given("learning_rate", argv):
         config.learning_rate = LEARNING_RATE_OF_RANDOM_WEIGHTS
     return args, config
