@@ -34,6 +34,7 @@ _LIMITS = {
     "data_seed": _SEED,
     "ignore_index": _ANY,
     "dataloader_num_workers": (0, MOST_WORKERS),
+    **dict.fromkeys(("dataloader_prefetch_factor", "eval_accumulation_steps", "ddp_bucket_cap_mb"), (1, LARGEST)),
 }
 
 # Options of transformers that would have no effect, spoil the result or lose the run: the only value, and the reason.

@@ -46,7 +46,7 @@ def check_numbers(options: Any, limits: dict[str, tuple[float, float]] | None = 
     """Refuse numbers that cannot be meant: those that are not finite, negative numbers, and a count of 0.
 
     The limits of a field follow from its default. A number may not be negative unless its default is, and an integer
-    must be positive if its default is positive or None, like the size of a batch.
+    must be positive if its default is, like the size of a batch.
 
     Args:
         options: an instance of a dataclass.
@@ -70,7 +70,7 @@ def check_numbers(options: Any, limits: dict[str, tuple[float, float]] | None = 
 def _limits_of(default: Any, value: float) -> tuple[float, float]:
     largest = LARGEST if isinstance(value, int) else math.inf
     if default is None or default is MISSING:
-        return (1 if isinstance(value, int) else 0), largest
+        return 0, largest
     return (1 if isinstance(default, int) and default >= 1 else min(0, default)), largest
 
 

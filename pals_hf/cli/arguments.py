@@ -10,7 +10,7 @@ from accelerate import PartialState
 from ..data import load_segmentation_dataset
 from ..data.fractions import MANIFEST, METHODS
 from ..errors import InputError
-from ..options import DATA, EVALUATION, IMAGES, MODEL, MOST_WORKERS, RUN, TRAINING, check_numbers, option
+from ..options import DATA, EVALUATION, IMAGES, LARGEST, MODEL, MOST_WORKERS, RUN, TRAINING, check_numbers, option
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -70,7 +70,8 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        check_numbers(self, {"preprocessing_num_workers": (1, MOST_WORKERS), "validation_share": (0, 1)})
+        limits = {"preprocessing_num_workers": (1, MOST_WORKERS), "early_stopping_patience": (1, LARGEST)}
+        check_numbers(self, {**limits, "validation_share": (0, 1)})
 
 
 def source_of(args: DataArguments) -> dict[str, Any]:
