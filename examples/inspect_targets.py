@@ -28,11 +28,12 @@ from tqdm import tqdm
 from pals_hf.cli.arguments import DataArguments, read_data
 from pals_hf.cli.ending import fail
 from pals_hf.cli.parser import OptionParser
+from pals_hf.cli.report import load_finished
 from pals_hf.data import FractionManifest
 from pals_hf.data.splitting import hold_out
 from pals_hf.errors import InputError
+from pals_hf.files import write_result
 from pals_hf.functional import SOURCES, Affinity, entropy, upsample
-from pals_hf.inference import load_for_inference
 from pals_hf.losses import PALSLoss
 from pals_hf.metrics import SegmentationMetrics
 from pals_hf.models import build_image_processor
@@ -95,11 +96,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         (args,) = parser.parse(sys.argv[1:] if argv is None else argv)
         results = inspect(args)
+        write_result(Path(args.output_dir) / "targets.json", json.dumps(results, indent=2))
     except InputError as error:
         fail(error)
     except ValueError as error:  # of the affinity: a tau that is not positive
         fail(InputError(str(error)))
-    (Path(args.output_dir) / "targets.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     print_table(results)
     print(f"\nwritten to {args.output_dir}: targets.json, targets.png")
 
@@ -118,12 +119,13 @@ def inspect(args: TargetArguments) -> list[dict[str, Any]]:
     """Score every setting, and draw the picture on the way."""
     if not args.model:
         raise InputError("model is missing: name a trained checkpoint")
-    model, processor = load_for_inference(args.model)
+    images, id2label = read_images(args)
+    model, processor = load_finished(args.model, id2label, None)
     if args.image_size is not None:
         processor = build_image_processor(args.model, args.image_size)
     settings, num_labels = affinities(args), model.config.num_labels
     scores, rows = {affinity: Score(SegmentationMetrics(num_labels)) for affinity in settings}, []
-    for row in tqdm(read_images(args), desc="images", disable=not sys.stderr.isatty()):
+    for row in tqdm(images, desc="images", disable=not sys.stderr.isatty()):
         labels = torch.from_numpy(np.asarray(row["labels"], dtype=np.int64))
         readings = {source: read(model, processor, row["image"], source) for source in args.sources}
         shown = []
@@ -141,7 +143,8 @@ def inspect(args: TargetArguments) -> list[dict[str, Any]]:
     return [asdict(affinity) | score.means() for affinity, score in scores.items()]
 
 
-def read_images(args: TargetArguments) -> Dataset:
+def read_images(args: TargetArguments) -> tuple[Dataset, dict[int, str]]:
+    """Return the images to look at, and the classes of their labels."""
     data = read_data(args, args.skip_bad_samples)
     if args.tuning_ids is not None or args.tuning_share is not None:
         data = hold_out(
@@ -153,11 +156,11 @@ def read_images(args: TargetArguments) -> Dataset:
         )
     images = data.validation if args.validation else data.train
     if args.train_fraction is None and args.train_count is None:
-        return images
+        return images, data.id2label
     manifest = FractionManifest.draw(
         images, args.train_fraction, args.fraction_seed, count=args.train_count, method=args.fraction_method
     )
-    return manifest.select(images)
+    return manifest.select(images), data.id2label
 
 
 @torch.no_grad()
@@ -181,7 +184,7 @@ def draw(rows: list[tuple], num_labels: int, path: Path) -> None:
     for number, row in enumerate(pictures):
         for column, picture in enumerate(row):
             sheet.paste(picture, (sum(widths[:column]), sum(heights[:number])))
-    sheet.save(path)
+    write_result(path, sheet)
 
 
 def print_table(results: list[dict[str, Any]]) -> None:

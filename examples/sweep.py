@@ -31,7 +31,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from pals_hf.checkpoints import last_complete_checkpoint
 from pals_hf.cli.ending import fail
 from pals_hf.cli.parser import to_argv
 from pals_hf.errors import InputError
-from pals_hf.files import atomic_write_text
+from pals_hf.files import atomic_write_text, read_json
 from pals_hf.model_card import CardData, processor_name, versions
 
 
@@ -61,6 +61,20 @@ class Cell:
     def name(self) -> str:
         return ",".join(f"{axis}={value}" for axis, value in self.place.items())
 
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The flags without the token of the Hub, for files and command lines, which others can read."""
+        return {name: value for name, value in self.flags.items() if not is_token(name)}
+
+    @property
+    def token(self) -> str | None:
+        return next((str(value) for name, value in self.flags.items() if is_token(name) and value is not None), None)
+
+
+def is_token(flag: str) -> bool:
+    """Tell whether a flag is `hub_token`, which the parser also accepts in a shorter spelling."""
+    return flag.startswith("hub_t")
+
 
 def read_cells(path: Path) -> list[Cell]:
     """Return all cells of a recipe.
@@ -70,7 +84,7 @@ def read_cells(path: Path) -> list[Cell]:
     """
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: the recipe cannot be read: {error}") from error
     if not isinstance(recipe, dict) or not isinstance(recipe.get("grid"), dict) or recipe.keys() - {"common", "grid"}:
         raise InputError(
@@ -78,6 +92,8 @@ def read_cells(path: Path) -> list[Cell]:
         )
     common, axes = recipe.get("common") or {}, {}
     for axis, values in recipe["grid"].items():
+        if is_token(str(axis)):  # its values would become names of folders
+            raise InputError(f"{path}: {axis} cannot be an axis. Set HF_TOKEN, or write it into `common`.")
         if isinstance(values, dict) and values and all(isinstance(flags, dict) for flags in values.values()):
             axes[axis] = [(str(name), flags) for name, flags in values.items()]
         elif isinstance(values, list) and values:
@@ -116,13 +132,13 @@ def read_results(output_dir: Path, cells: list[Cell]) -> dict[str, dict[str, Any
         try:
             result = json.loads(line)
             by_place[frozenset(result["place"].items())] = result
-        except (ValueError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise InputError(f"{path}: line {number} is not a result ({error!r}). Repair or delete it.") from error
     for cell in cells:
         result = by_place.get(frozenset(cell.place.items()))
         if result is None:
             continue
-        if result["flags"] != as_json(cell.flags):
+        if result["flags"] != as_json(cell.recorded):
             raise InputError(
                 f"{path}: the result of {cell.name} was made with other flags than the recipe has now. "
                 "Use another folder, or delete that line."
@@ -161,7 +177,7 @@ def refuse_other_flags(output_dir: Path, cell: Cell) -> None:
     began, folder = begun_path(output_dir, cell), output_dir / "runs" / cell.name
     if not began.exists() or last_complete_checkpoint(folder) is None:  # without a checkpoint, the cell starts anew
         return
-    if json.loads(began.read_text(encoding="utf-8")) != as_json(cell.flags):
+    if read_json(began) != as_json(cell.recorded):
         raise InputError(
             f"{folder} was started with other flags than the recipe has now. Delete the folder to train it anew."
         )
@@ -175,23 +191,37 @@ def run_cell(cell: Cell, output_dir: Path, num_threads: int) -> dict[str, Any]:
     """Train one cell, from its last checkpoint if there is one, and return its result."""
     folder, begin = output_dir / "runs" / cell.name, time.time()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(begun_path(output_dir, cell), json.dumps(cell.flags))
+    atomic_write_text(begun_path(output_dir, cell), json.dumps(cell.recorded))
     go_on = last_complete_checkpoint(folder) is not None
-    flags = {**cell.flags, "output_dir": str(folder), "num_threads": num_threads, "disable_tqdm": True}
+    flags = {**cell.recorded, "output_dir": str(folder), "num_threads": num_threads, "disable_tqdm": True}
     how = ["--resume_from_checkpoint", "last"] if go_on else ["--overwrite"]
-    train_here([*to_argv(flags), *how], Path(f"{folder}.log"))
-    metrics = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
+    with token_in_environment(cell.token):
+        train_here([*to_argv(flags), *how], Path(f"{folder}.log"))
+    metrics = read_json(folder / "eval_results.json")
     return {
         "place": cell.place,
-        "flags": cell.flags,
+        "flags": cell.recorded,
         "loss_settings": CardData.load(folder).loss_settings,  # with the defaults of this version
-        "classes": list(json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"].values()),
+        "classes": list(read_json(folder / "config.json")["id2label"].values()),
         "metrics": metrics,
         "seconds": time.time() - begin,
         "resumed": go_on,
         "machine": machine(num_threads),
         "versions": versions(),
     }
+
+
+@contextmanager
+def token_in_environment(token: str | None) -> Iterator[None]:
+    """Let the Hub's client find the token in HF_TOKEN, so that it is in no file and no command line."""
+    before = os.environ.get("HF_TOKEN")
+    if token is not None:
+        os.environ["HF_TOKEN"] = token
+    try:
+        yield
+    finally:
+        if token is not None:
+            os.environ.pop("HF_TOKEN") if before is None else os.environ.update(HF_TOKEN=before)
 
 
 def train_here(argv: list[str], log: Path) -> None:

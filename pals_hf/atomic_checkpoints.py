@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import logging
 
 from .checkpoints import (
@@ -20,8 +20,10 @@ from .checkpoints import (
     discard_old_checkpoints,
     is_complete_checkpoint,
     last_complete_checkpoint,
+    loading_checkpoint,
     publish,
     publish_files,
+    refuse_damaged,
 )
 from .errors import InputError, TrainingError, first_line
 
@@ -37,6 +39,7 @@ class AtomicCheckpointTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._is_staging = False
+        self._resumed_from: Path | None = None
         super().__init__(*args, **kwargs)
         self.add_callback(_BestCheckpointCallback(self))
 
@@ -124,6 +127,41 @@ class AtomicCheckpointTrainer(Trainer):
 
     # ---- Loading ----
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the parent does, but refuse a damaged checkpoint before anything is changed.
+
+        Raises:
+            InputError: a file of the checkpoint cannot be loaded.
+        """
+        is_last = resume_from_checkpoint is True
+        checkpoint = get_last_checkpoint(self.args.output_dir) if is_last else resume_from_checkpoint
+        if checkpoint:
+            refuse_damaged(checkpoint)
+        self._resumed_from = Path(checkpoint) if checkpoint else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with loading_checkpoint(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without the wrapper of Accelerate
+            if type(optimizer).__module__.startswith("torch.optim"):  # others keep their state in shapes of their own
+                for parameter, state in optimizer.state.items():
+                    moments = [state.get(name) for name in ("exp_avg", "exp_avg_sq", "momentum_buffer")]
+                    if any(moment is not None and moment.shape != parameter.shape for moment in moments):
+                        raise ValueError("the state of its optimizer is that of another network")
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with loading_checkpoint(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading_checkpoint(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_callback_state(self) -> None:
+        with loading_checkpoint(self._resumed_from):
+            super()._load_callback_state()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load all weights with `from_pretrained`.
 
@@ -135,12 +173,10 @@ class AtomicCheckpointTrainer(Trainer):
         """
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        try:
+        with loading_checkpoint(resume_from_checkpoint):
             restored, info = type(self.model).from_pretrained(
                 resume_from_checkpoint, config=self.model.config, dtype=self.model.dtype, output_loading_info=True
             )
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"checkpoint {resume_from_checkpoint} cannot be loaded: {first_line(error)}") from error
         if info["missing_keys"]:
             raise InputError(f"checkpoint {resume_from_checkpoint} lacks the weights {sorted(info['missing_keys'])}")
         self.model.load_state_dict(restored.state_dict())
@@ -154,13 +190,22 @@ class AtomicCheckpointTrainer(Trainer):
 
 
 class _BestCheckpointCallback(TrainerCallback):
-    """Finds the best checkpoint of a resumed run that was moved or copied since."""
+    """Finds the best checkpoint of a resumed run, which may have been moved or copied since.
+
+    The path in `trainer_state.json` is believed only if it is that of a checkpoint beside the one that was resumed:
+    the file may come from somebody else, and weights are loaded from this path.
+    """
 
     def __init__(self, trainer: AtomicCheckpointTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         step = state.best_global_step
+        if self.trainer._resumed_from is not None and state.best_model_checkpoint is not None:
+            best, beside = Path(state.best_model_checkpoint), self.trainer._resumed_from.resolve().parent
+            is_ours = best.resolve().parent in (beside, Path(args.output_dir).resolve())
+            if not (is_ours and best.name == f"{PREFIX_CHECKPOINT_DIR}-{step}"):
+                state.best_model_checkpoint = None
         if not (args.load_best_model_at_end and step) or state.best_model_checkpoint is not None:
             return
         best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"

@@ -321,8 +321,8 @@ def _with_settings(affinity: Affinity, given: dict[str, Any] | str | None) -> Af
     """The affinity with the settings that a user gave, as a dictionary or as JSON."""
     try:
         settings = json.loads(given) if isinstance(given, str) else given or {}
-    except ValueError as error:
-        raise InputError(f"affinity must be JSON like '{{\"tau\": 0.1}}', got {given!r}: {error}") from error
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"affinity must be JSON like '{{\"tau\": 0.1}}', got {given!r:.80}: {error}") from error
     if not isinstance(settings, dict):
         raise InputError(f"affinity must hold settings and their values, like '{{\"tau\": 0.1}}', got {given!r}")
     try:

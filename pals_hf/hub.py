@@ -26,9 +26,17 @@ from huggingface_hub.errors import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .checkpoints import UNFINISHED, clear_unfinished, is_complete_checkpoint, last_complete_checkpoint, publish
+from .checkpoints import (
+    UNFINISHED,
+    clear_unfinished,
+    is_complete_checkpoint,
+    last_complete_checkpoint,
+    publish,
+    step_of,
+)
 from .data.fractions import MANIFEST
 from .errors import InputError, PushError, first_line
+from .files import read_json
 from .model_card import CARD_DATA
 
 if TYPE_CHECKING:
@@ -172,17 +180,16 @@ def download_checkpoint(
     try:
         info = api.model_info(repo_id, revision=revision)
 
-        def step_of(name: str) -> int:
-            state = api.hf_hub_download(repo_id, f"{name}/{TRAINER_STATE_NAME}", revision=info.sha)
-            return json.loads(Path(state).read_text(encoding="utf-8"))["global_step"]
+        def step_in(name: str) -> int:
+            return step_of(read_json(api.hf_hub_download(repo_id, f"{name}/{TRAINER_STATE_NAME}", revision=info.sha)))
 
-        name = _newest_checkpoint([file.rfilename for file in info.siblings], step_of)
+        name = _newest_checkpoint([file.rfilename for file in info.siblings], step_in)
         if name is None:
             raise InputError(
                 f"{repo_id} has no checkpoint to resume from. Runs with --hub_strategy checkpoint push one."
             )
         snapshot = Path(api.snapshot_download(repo_id, revision=info.sha, allow_patterns=f"{name}/*")) / name
-        step = step_of(name)
+        step = step_in(name)
     except InputError:
         raise
     except (HTTPError, OSError, RuntimeError, ValueError, KeyError) as error:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 from transformers.utils import logging
 
-from .data.checking import is_deep
+from .data.pictures import bits_of, count_pages, refuse_deep
 from .errors import InputError, first_line
+from .files import read_bytes
 from .functional import entropy, upsample, upsample_argmax
 from .functional.fused import tiles
+from .pretrained import load_config, load_network, load_processor
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
+
+logger = logging.get_logger(__name__)
 
 _ANIMATED = ("GIF", "PNG", "WEBP")  # in other formats, further pictures are previews or pages
 
@@ -49,16 +52,11 @@ def load_for_inference(
     Raises:
         InputError: the model cannot be loaded, it is not a trained segmentation model, or the device does not exist.
     """
-    where = "" if Path(name_or_path).exists() else "there is no such folder, and the Hub gives: "
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # missing weights are reported in one line below
     try:
-        model, info = AutoModelForSemanticSegmentation.from_pretrained(
-            name_or_path, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-        processor = AutoImageProcessor.from_pretrained(name_or_path)
-    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise InputError(f"cannot load the model {name_or_path!r}: {where}{first_line(error)}") from error
+        model, info = load_network(name_or_path, load_config(name_or_path))
+        processor = load_processor(name_or_path, "the model")
     finally:
         logging.set_verbosity(verbosity)
     # The encoder of a classifier also loads, but with a random head.
@@ -70,6 +68,11 @@ def load_for_inference(
         )
     if model.config.num_labels < 2:
         raise InputError(f"{name_or_path!r} has num_labels={model.config.num_labels}, but at least 2 are needed")
+    names = model.config.id2label
+    if sorted(names) != list(range(len(names))) or not all(_is_text(name) for name in names.values()):
+        raise InputError(
+            f"{name_or_path!r}: id2label of its config.json must map 0 to {len(names) - 1} to class names"
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return model.to(device), processor
@@ -77,19 +80,34 @@ def load_for_inference(
         raise InputError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
 
 
-def read_pictures(path: Path) -> Iterator[Image.Image]:
+def _is_text(name: Any) -> bool:
+    try:
+        return isinstance(name, str) and name.encode() is not None
+    except UnicodeEncodeError:  # half of a character, which cannot be printed or written
+        return False
+
+
+def read_pictures(path: Path, max_pixels: int | None = None) -> Iterator[Image.Image]:
     """Yield the picture in an image file, or all frames of an animation, upright and in RGB.
+
+    Args:
+        path: the file.
+        max_pixels: refuse larger pictures before they are decoded. Default: the limit of Pillow, 179 megapixels.
 
     Raises:
         InputError: the file cannot be decoded. Damaged animations raise it after the frames before the damage.
     """
     try:
-        if path.stat().st_size == 0:
+        content = read_bytes(path)
+        if not content:
             raise ValueError("the file is empty")
-        with Image.open(path) as opened:
-            if is_deep(opened):
-                reason = f"images with more than 8 bits per channel (mode {opened.mode}) are not supported"
-                raise ValueError(f"{reason}. Convert the image to 8 bits.")
+        with Image.open(io.BytesIO(content)) as opened:
+            if max_pixels is not None and opened.width * opened.height > max_pixels:
+                size = f"{opened.width}x{opened.height} pixels"
+                raise ValueError(f"it has {size}, but at most {max_pixels / 1e6:g} megapixels are allowed")
+            refuse_deep(opened, bits_of(opened))
+            if opened.format not in _ANIMATED and count_pages(opened) > 1:
+                logger.warning("%s has %d pages, of which only the first is read", path, count_pages(opened))
             for frame in ImageSequence.Iterator(opened) if opened.format in _ANIMATED else [opened]:
                 yield ImageOps.exif_transpose(frame).convert("RGB")
     except UnidentifiedImageError as error:

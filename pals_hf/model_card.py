@@ -14,18 +14,23 @@ import platform
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, get_type_hints
+from urllib.parse import quote
+
+from markupsafe import Markup
 
 from .config import POLY, PALSConfig
 from .errors import InputError, first_line
-from .files import atomic_write_text
+from .files import atomic_write_text, has_type, read_json
 from .losses import PRESETS
 
 if TYPE_CHECKING:
     import torch
+    from jinja2 import Template
 
     from .data import FractionManifest
 
@@ -98,6 +103,24 @@ class CardFacts:
         )
 
 
+class ComparedLoss(TypedDict):
+    """A row of a comparison: a loss, the number of its runs, and its figures as text."""
+
+    method: str
+    runs: int
+    mean_iou: str
+    difference: str
+    ece: str
+
+
+class Evaluation(TypedDict):
+    """An evaluation during the training."""
+
+    step: int
+    eval_loss: float | None
+    eval_mean_iou: float | None
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The results of a study that compares losses on training sets of this size.
@@ -105,12 +128,12 @@ class Comparison:
     Attributes:
         study: the path of the study.
         pairs: the number of paired runs, in words.
-        rows: rows with `method`, `runs`, `mean_iou`, `difference` and `ece`, formatted for the card.
+        rows: the losses, formatted for the card.
     """
 
     study: str
     pairs: str
-    rows: list[dict[str, Any]]
+    rows: list[ComparedLoss]
 
 
 @dataclass(frozen=True)
@@ -128,7 +151,7 @@ class CardData:
         step, epoch: the training step and epoch of the weights.
         best_of: the number of steps of the whole training, if these are the weights of its best checkpoint.
         metrics: the metrics of these weights, empty if they were not evaluated. Undefined metrics are None.
-        history: `step`, `eval_loss` and `eval_mean_iou` of the evaluations during the training.
+        history: the evaluations during the training.
         seconds, hardware, versions: the training time, the machine and the versions of the packages.
         needs: the packages that are needed to load the checkpoint.
         facts: see [`CardFacts`].
@@ -147,7 +170,7 @@ class CardData:
     step: int
     epoch: float | None
     metrics: dict[str, Any]
-    history: list[dict[str, Any]]
+    history: list[Evaluation]
     seconds: float | None
     hardware: str
     versions: dict[str, str]
@@ -181,20 +204,55 @@ class CardData:
         """
         path = Path(folder) / CARD_DATA
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             content["id2label"] = {int(index): name for index, name in content["id2label"].items()}
             content["pictures"] = tuple(content["pictures"])
             content["facts"] = CardFacts(**content["facts"])
             content["comparison"] = content["comparison"] and Comparison(**content["comparison"])
-            return cls(**content)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{path} cannot be read as the data of a model card: {first_line(error)}") from error
+            card = cls(**content)
+            card.check()
+            render(card)
+        except Exception as error:  # what check() cannot know ends in errors of any type in render()
+            reason = first_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise InputError(f"{path} cannot be read as the data of a model card: {reason}") from error
+        return card
+
+    def check(self) -> None:
+        """Check the type of each field, and what the page reads from them.
+
+        Raises:
+            InputError: a field has another type, or lacks a value. The message names the field.
+        """
+        for part in filter(None, (self, self.facts, self.comparison)):
+            for name, hint in get_type_hints(type(part)).items():
+                if not has_type(value := getattr(part, name), hint):
+                    raise InputError(f"{name} must not be {_shortened(value)}")
+        if self.loss not in LOSS_NAMES:
+            raise InputError(f"loss must be one of {', '.join(LOSS_NAMES)}, not {_shortened(self.loss)}")
+        if "pals_hf" not in self.versions:
+            raise InputError("versions must name the version of pals_hf")
+        if sorted(self.id2label) != list(range(len(self.id2label))):
+            raise InputError("id2label must number the classes from 0")
+        if wrong := set(self.pictures).difference(PICTURES):
+            raise InputError(f"pictures must not name {_shortened(min(wrong))}")
+        for name, value in self.metrics.items():
+            hint = list if isinstance(value, list) else float | str | None  # some metrics are lists of their own
+            if name.startswith("eval_per_category_") and value is not None:
+                hint = list[float | None]
+                value = [*value, None] if isinstance(value, list) and len(value) != len(self.id2label) else value
+            if name.startswith("eval_") and not has_type(value, hint):
+                raise InputError(f"metrics: {_shortened(name)} must not be {_shortened(value)}")
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the card and its data into a folder, each file atomically."""
         contents = {CARD_DATA: json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", CARD: render(self)}
         for name, content in contents.items():
             atomic_write_text(Path(folder) / name, content)
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def pictures_in(folder: str | os.PathLike) -> tuple[str, ...]:
@@ -254,29 +312,40 @@ def processor_name() -> str:
 
 def render(card: CardData) -> str:
     """Render the card as Markdown with the YAML header of the Hub. The same data gives the same text."""
-    import jinja2
     from huggingface_hub import ModelCard
 
-    environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string((files("pals_hf.model_cards") / _TEMPLATE).read_text(encoding="utf-8"))
     classes = _classes(card)
-    text = template.render(
+    text = _template().render(
         card=card,
         facts=card.facts,
-        card_data=_header(card).to_yaml(),
+        card_data=Markup(_header(card).to_yaml()),
         figures=_figures(card.metrics),
         classes=classes,
         weak=[row["name"] for row in classes if row["iou"] is not None and row["iou"] < _WEAK],
         weak_below=f"{_WEAK:.0%}".rstrip("%"),
-        md=escape,
+        code=_code,
+        plain=_plain,
+        in_url=_in_url,
         some=_some,
         percent=_percent,
         settings=_settings,
         duration=_duration,
     )
     return str(ModelCard(re.sub(r"\n{3,}", "\n\n", text)))  # raises an error if the parser of the Hub cannot read it
+
+
+@cache
+def _template() -> Template:
+    import jinja2
+
+    environment = jinja2.Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=escape,  # every value, so that none can be forgotten
+    )
+    return environment.from_string((files("pals_hf.model_cards") / _TEMPLATE).read_text(encoding="utf-8"))
 
 
 def _header(card: CardData):
@@ -367,22 +436,41 @@ def _duration(seconds: float) -> str:
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def _settings(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{name}` {escape(value)}" for name, value in values.items())
+# The values of the page may come from anybody. `Markup` marks what has been made safe, and is not escaped again.
 
 
-def _some(names: Iterable[str], most: int = 8) -> str:
+def _settings(values: Mapping[str, Any]) -> Markup:
+    return Markup(", ".join(f"{_code(name)} {escape(value)}" for name, value in values.items()))
+
+
+def _some(names: Iterable[str], most: int = 8) -> Markup:
     """Return a list of names as text, shortened to `most` names."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(escape, names[:most])) + more
+    return Markup(", ".join(map(escape, names[:most])) + more)
+
+
+def _code(value: Any) -> Markup:
+    """Return a name in the font of code. Names with other characters than code has are escaped instead."""
+    return Markup(f"`{value}`") if re.fullmatch(r"[\w.+/-]+", str(value)) else escape(value)
+
+
+def _plain(value: Any) -> Markup:
+    """Return a version, or numbers with an interval in brackets, as it is. All other text is escaped."""
+    return Markup(value) if re.fullmatch(r"[\w.+, \[\]-]*", str(value)) else escape(value)
+
+
+def _in_url(value: str) -> Markup:
+    return Markup(quote(value))
 
 
 def _one_line(value: Any) -> str:
     return " ".join(str(value).split())
 
 
-def escape(value: Any) -> str:
+def escape(value: Any) -> Markup:
     """Escape text so that Markdown shows it literally in one line, also in a table."""
+    if isinstance(value, Markup):
+        return value
     text = _one_line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]#!|~$]|(?<=:)/(?=/))", r"\\\1", text)
+    return Markup(re.sub(r"([\\`*_{}\[\]#!|~$]|(?<=:)/(?=/))", r"\\\1", text))

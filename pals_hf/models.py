@@ -10,23 +10,18 @@ from httpx2 import HTTPError
 from huggingface_hub import _CACHED_NO_EXIST, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForSemanticSegmentation,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    SegformerImageProcessor,
-)
-from transformers.utils import IMAGE_PROCESSOR_NAME
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
+from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
-from .errors import InputError, first_line
+from .errors import InputError
+from .pretrained import load_config, load_network, load_processor, new_network
 from .tap import ClassifierTap, refuse_unsuitable
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
+
+logger = logging.get_logger(__name__)
 
 
 def build_model(
@@ -35,8 +30,9 @@ def build_model(
     """Build a segmentation network for the given classes, in float32 and without auxiliary heads.
 
     Args:
-        name_or_path: a checkpoint on the Hub or in a folder. A head that does not fit the classes is replaced by a
-            new one. Default: a small SegFormer (0.7 M parameters) with random weights.
+        name_or_path: a checkpoint on the Hub or in a folder. A head of the same classes is kept, and its outputs are
+            put into the order of `id2label` by their names. Any other head is replaced by a new one. Default: a small
+            SegFormer (0.7 M parameters) with random weights.
         id2label: class index to name.
         output_stride: 8, 16 or 32, for MobileNetV2 and MobileViT. DeepLab uses 8 and 16.
         from_scratch: draw all weights at random, and read only `config.json` of `name_or_path`.
@@ -56,10 +52,8 @@ def build_model(
             label2id=label2id,
         )
         return SegformerForSemanticSegmentation(config)
-    try:
-        config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the model {name_or_path!r}: {first_line(error)}") from error
+    config = load_config(name_or_path)
+    names = config.id2label
     config.id2label, config.label2id = id2label, label2id
     if from_scratch:  # not where the weights are from
         config.name_or_path, config._commit_hash = "", None
@@ -73,22 +67,69 @@ def build_model(
     if hasattr(config, "use_auxiliary_head"):
         config.use_auxiliary_head = False
     if from_scratch:
-        model = AutoModelForSemanticSegmentation.from_config(config, dtype=torch.float32)
-        *_, classifier = ClassifierTap(model).layers  # others may happen to have as many outputs
-        _start_new_classifier(model, {f"{classifier}.weight"})
+        model = new_network(name_or_path, config)
+        _start_new_classifier(model, {f"{_classifier_of(model)[0]}.weight"})
         return model
-    try:
-        model, info = AutoModelForSemanticSegmentation.from_pretrained(
-            name_or_path,
-            config=config,
-            ignore_mismatched_sizes=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (ImportError, OSError, SafetensorError) as error:
-        raise InputError(f"cannot load the model {name_or_path!r}: {first_line(error)}") from error
-    _start_new_classifier(model, info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]})
+    model, info = load_network(name_or_path, config, dtype=torch.float32)
+    new = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
+    classifier = f"{_classifier_of(model)[0]}.weight"
+    if classifier not in new and not match_classes(model, names, id2label):
+        if all(name == f"LABEL_{index}" for index, name in names.items()):
+            logger.warning("%s does not name its classes. Its head is kept, in the order of the data.", name_or_path)
+        else:
+            other = f"{name_or_path} has a head for other classes ({_listed(names)})"
+            logger.warning("%s. The training starts with a new head.", other)
+            new.add(classifier)
+    _start_new_classifier(model, new)
     return model
+
+
+def match_classes(model: PreTrainedModel, names: dict[int, str], id2label: dict[int, str]) -> bool:
+    """Put the outputs of a network into the order of a data set's classes, which are matched by name.
+
+    Args:
+        model: the network. Its classifier and `config.id2label` are changed, if the classes are the same.
+        names: the class of each output of the network. Blanks around a name do not count.
+        id2label: the classes of the data set.
+
+    Returns:
+        Whether the classes are the same, in whatever order.
+    """
+    given, wanted = ([names[index].strip() for index in sorted(names)] for names in (names, id2label))
+    if given != wanted:
+        if len(set(given)) < len(given) or set(given) != set(wanted):
+            return False
+        order = [given.index(name) for name in wanted]
+        _, layer = _classifier_of(model)
+        with torch.no_grad():
+            for parameter in layer.parameters(recurse=False):
+                parameter.copy_(parameter[order])
+    model.config.id2label, model.config.label2id = dict(id2label), {name: index for index, name in id2label.items()}
+    return True
+
+
+def refuse_other_classes(checkpoint: str, model: PreTrainedModel, id2label: dict[int, str]) -> None:
+    """Match the classes of a trained network to those of a data set ([`match_classes`]).
+
+    Raises:
+        InputError: the classes differ; the message lists both.
+    """
+    names = model.config.id2label
+    if not match_classes(model, names, id2label):
+        raise InputError(
+            f"{checkpoint} predicts the classes {_listed(names)}, but the data set has {_listed(id2label)}. Choose a "
+            "checkpoint of the same classes, or name the classes of the data set alike."
+        )
+
+
+def _listed(names: dict[int, str]) -> str:
+    return ", ".join(f"{index}: {names[index]}" for index in sorted(names))
+
+
+def _classifier_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    """Return the name and the layer of the classifier. Layers before it may happen to have as many outputs."""
+    *_, classifier = ClassifierTap(model).layers.items()
+    return classifier
 
 
 def _start_new_classifier(model: PreTrainedModel, new_parameters: set[str]) -> None:
@@ -117,12 +158,10 @@ def build_image_processor(name_or_path: str | None, image_size: tuple[int, int] 
     processor = SegformerImageProcessor()
     if name_or_path is not None:
         try:
-            processor = AutoImageProcessor.from_pretrained(name_or_path)
-        except OSError as error:  # also where there is none
-            if not _has_no_processor(name_or_path):
-                raise InputError(
-                    f"cannot load the image processor of {name_or_path!r}: {first_line(error)}{_remedy(name_or_path)}"
-                ) from error
+            processor = load_processor(name_or_path)
+        except InputError as error:
+            if not (isinstance(error.__cause__, OSError) and _has_no_processor(name_or_path)):
+                raise InputError(f"{error}{_remedy(name_or_path)}") from error
     processor.do_resize = image_size is not None
     if image_size is not None:
         processor.size = type(processor)(size={"height": image_size[0], "width": image_size[1]}).size
@@ -149,7 +188,7 @@ def _has_no_processor(name_or_path: str) -> bool:
 
 
 def _remedy(name_or_path: str) -> str:
-    if Path(name_or_path).is_dir():
+    if Path(name_or_path).exists():
         return ""
     download = f"`hf download {name_or_path} {IMAGE_PROCESSOR_NAME}`"
     return f". On a machine that reaches the Hub, {download} fetches the file, or records that it does not exist"

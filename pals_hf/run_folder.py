@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .checkpoints import discard_after, is_complete_checkpoint, last_complete_checkpoint
+from .checkpoints import discard_after, is_complete_checkpoint, last_complete_checkpoint, refuse_damaged
 from .config import PALSConfig
 from .data import FractionManifest
 from .data.fractions import MANIFEST
@@ -136,9 +136,10 @@ def refuse_other_training(checkpoint: Path, config: PALSConfig, manifest: Fracti
     """Refuse to resume a run with other training images or another loss, even if only the defaults have changed.
 
     Raises:
-        InputError: `checkpoint` was trained on other images, with another loss, or with a setting that this version
-            does not have.
+        InputError: `checkpoint` is damaged, or was trained on other images, with another loss, or with a setting that
+            this version does not have.
     """
+    refuse_damaged(checkpoint)
     recorded = checkpoint / MANIFEST
     # The manifest also names the folder of the data, which may have moved.
     if recorded.exists() and _images_of(FractionManifest.load(recorded)) != _images_of(manifest):

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .data import IGNORE_INDEX
+from .files import write_result
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor
 
 _GAP = 4
 _FONT_SIZE = 12
+_LONGEST = 80  # characters of a name in a legend
+_TALLEST = 2**15  # rows of a picture whose font grows: beside a strip of a million rows, it would fill the memory
 _TITLE_HEIGHT = 18
 _MIN_ROW_HEIGHT = 120  # smaller images are enlarged
 _LINES = 40  # lines of a legend beside a large picture, whose font grows with the picture
@@ -80,12 +86,12 @@ def prediction_sheet(
             sheet.paste(picture.resize(size, method), (index * (column + _GAP), y))
         y += size[1] + _GAP
     sheet.paste(names, (columns * (column + _GAP), _TITLE_HEIGHT))
-    sheet.save(path)
+    write_result(path, sheet)
 
 
 def legend(entries: Iterable[tuple[str, Sequence[int]]], font_size: int = _FONT_SIZE) -> Image.Image:
     """Return an RGB picture that lists names beside squares of their colours."""
-    entries, font = list(entries), ImageFont.load_default(size=font_size)
+    entries, font = [(_shortened(name), color) for name, color in entries], ImageFont.load_default(size=font_size)
     line = _TITLE_HEIGHT * font_size // _FONT_SIZE
     width = 2 * line + math.ceil(max((font.getlength(name) for name, _ in entries), default=0))
     picture = Image.new("RGB", (width, line * len(entries)), "white")
@@ -95,6 +101,11 @@ def legend(entries: Iterable[tuple[str, Sequence[int]]], font_size: int = _FONT_
         draw.rectangle([_GAP, top, _GAP + font_size, top + font_size], fill=tuple(int(value) for value in color))
         draw.text((_GAP + font_size + line // 3, index * line), name, fill="black", font=font)
     return picture
+
+
+def _shortened(name: str) -> str:
+    name = " ".join(name.split())
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 3]}..."
 
 
 def overlay(
@@ -138,7 +149,8 @@ def _heat(values: np.ndarray) -> np.ndarray:
 
 
 def _beside_legend(picture: Image.Image, entries: Sequence[tuple[str, Sequence[int]]]) -> Image.Image:
-    names = legend(entries, max(_FONT_SIZE, picture.height // _LINES))
+    grown = max(_FONT_SIZE, picture.height // _LINES) if picture.height <= _TALLEST else _FONT_SIZE
+    names = legend(entries, grown)
     both = Image.new("RGB", (picture.width + names.width, max(picture.height, names.height)), "white")
     both.paste(picture, (0, 0))
     both.paste(names, (picture.width, 0))
@@ -169,7 +181,7 @@ def training_curves(log_history: list[dict[str, Any]], path: str | os.PathLike) 
         axis.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None)
         axis.set(xlabel="step", title=title)
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    _write_figure(figure, path)
 
 
 def reliability_diagram(bins: Sequence[Sequence[float | None]], path: str | os.PathLike) -> None:
@@ -187,4 +199,10 @@ def reliability_diagram(bins: Sequence[Sequence[float | None]], path: str | os.P
     axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     axis.plot(*zip(*filled, strict=True), marker=".")
     axis.set(xlabel="confidence", ylabel="accuracy", title="calibration")
-    figure.savefig(path, dpi=110)
+    _write_figure(figure, path)
+
+
+def _write_figure(figure: Figure, path: str | os.PathLike) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format=Path(path).suffix.removeprefix(".") or "png", dpi=110)
+    write_result(path, picture.getvalue())

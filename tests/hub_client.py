@@ -204,6 +204,10 @@ def push_through_faults(folder):
         except InputError as error:
             results[what] = str(error)
     inject()
+    try:
+        download_checkpoint("maintainer/hostile", folder / "runs" / "hostile")
+    except InputError as error:
+        results["a step that is a path"] = str(error)
     return {**results, "sha256": hashlib.sha256(weights).hexdigest()}
 
 

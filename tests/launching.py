@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -26,6 +27,22 @@ def launch(script, *arguments, processes=1, cwd=None, config=None):
     result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment_of_launch(), check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Raise an error in a block that would wait forever."""
+
+    def stop(*_):
+        raise AssertionError(f"still running after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def call(main, *arguments):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -26,10 +27,11 @@ from pals_hf.checkpoints import (
     last_complete_checkpoint,
 )
 from pals_hf.data import EvalTransform, TrainTransform, TransformedDataset
-from pals_hf.errors import TrainingError
+from pals_hf.errors import InputError, TrainingError
 from pals_hf.models import build_image_processor
 from pals_hf.nonfinite import keep_step
 
+FILES_TO_RESUME = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
 # Every evaluation gives the same, so that the first is the best.
 UNCHANGING = {
@@ -400,3 +402,88 @@ class TestNonFinite:
             trainer.train()
         assert logged(trainer, "loss")[0] > 0
         shutil.rmtree(tmp_path / "_non-finite-step-2")
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch EXECUTED",)
+
+
+def save(value):
+    return lambda path: torch.save(value, path)
+
+
+def state(**changes):
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+STATE = "trainer_state.json"
+DAMAGES = [
+    *(
+        (name, lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]))
+        for name in FILES_TO_RESUME
+    ),
+    *((name, lambda path: path.write_bytes(b"")) for name in FILES_TO_RESUME),
+    *((name, lambda path: path.write_bytes(b"no state")) for name in FILES_TO_RESUME),
+    *((name, lambda path: path.write_bytes(pickle.dumps(Code(), 2))) for name in FILES_TO_RESUME[1:]),
+    *((name, save([1])) for name in FILES_TO_RESUME[1:]),
+    *((name, save({"a": 1})) for name in FILES_TO_RESUME[1:]),
+    ("optimizer.pt", lambda path: save(scaled(torch.load(path)))(path)),
+    ("scheduler.pt", save({"last_epoch": "x"})),
+    ("rng_state.pth", save({"python": 1, "numpy": 2, "cpu": 3})),
+    *((STATE, lambda path, text=text: path.write_text(text)) for text in ("[1]", "1", '{"x": 1}')),
+    *((STATE, state(global_step=step)) for step in ("1", -1, 1.5, None, True, "../../x")),
+    (STATE, state(epoch="x")),
+    (STATE, state(max_steps=None)),
+    (STATE, state(log_history=[1])),
+    (STATE, state(best_model_checkpoint=5)),
+    (STATE, state(stateful_callbacks=[1])),
+]
+
+
+def scaled(optimizer):
+    """The state of an optimizer of a network with other shapes."""
+    for moments in optimizer["state"].values():
+        moments["exp_avg"] = torch.zeros(3, 3)
+    return optimizer
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("whole")
+    PALSTrainer(tiny_segformer(), config(run_dir, **SAVING), train_dataset=Examples()).train()
+    return run_dir / "checkpoint-1"
+
+
+class TestDamage:
+    @pytest.mark.parametrize("place", range(len(DAMAGES)), ids=lambda place: f"{place}-{DAMAGES[place][0]}")
+    def test_ends_in_one_line_before_the_training(self, whole, place, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        name, damage = DAMAGES[place]
+        checkpoint = shutil.copytree(whole, tmp_path / "run" / "checkpoint-1")
+        damage(checkpoint / name)
+        trainer = PALSTrainer(
+            tiny_segformer(), config(tmp_path / "run", **SAVING, max_steps=3), train_dataset=Examples()
+        )
+        with pytest.raises(InputError, match=rf"checkpoint {checkpoint} cannot be loaded: ") as raised:
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert "\n" not in str(raised.value)
+        assert str(raised.value).endswith("Resume from an earlier checkpoint, or delete this one and start a new run.")
+        assert names(tmp_path) == ["run"]
+        assert names(tmp_path / "run") == ["checkpoint-1"]
+
+    def test_the_recorded_best_checkpoint_of_somebody_else_is_not_loaded(self, whole, tmp_path):
+        """The path may come from the Hub."""
+        checkpoint = shutil.copytree(whole, tmp_path / "run" / "checkpoint-1")
+        other = shutil.copytree(whole, tmp_path / "other" / "checkpoint-1")
+        for named in (other, tmp_path / "run" / ".." / "other" / "checkpoint-1"):
+            state(best_model_checkpoint=str(named), best_global_step=1, best_metric=2.0)(checkpoint / STATE)
+            options = {**UNCHANGING, "eval_strategy": "steps", "load_best_model_at_end": True, "max_steps": 2}
+            trainer = PALSTrainer(
+                tiny_segformer(),
+                config(tmp_path / "run", **options),
+                train_dataset=Examples(),
+                eval_dataset=Examples(),
+            )
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+            assert trainer.state.best_model_checkpoint == str(checkpoint)

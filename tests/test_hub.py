@@ -17,7 +17,15 @@ import pytest
 from launching import launcher
 from test_checkpoints import write_checkpoint
 
-from pals_hf.hub import NOT_OF_THE_RUN, RUN_FILES, _how_to_push, _matches, _newest_checkpoint, push_command
+from pals_hf.checkpoints import step_of
+from pals_hf.hub import (
+    NOT_OF_THE_RUN,
+    RUN_FILES,
+    _how_to_push,
+    _matches,
+    _newest_checkpoint,
+    push_command,
+)
 
 CLIENT = Path(__file__).parent / "hub_client.py"
 IS_REAL = "PALS_HF_TESTS_ON_REAL_HUB" in os.environ
@@ -118,6 +126,13 @@ def test_the_newest_checkpoint_of_either_kind(folders, newest):
     assert _newest_checkpoint(paths, {"last-checkpoint": 100}.__getitem__) == newest
 
 
+@pytest.mark.parametrize("step", ["../../../x", "1", -1, 1.5, None, True, [1], {"a": 1}])
+def test_the_step_of_a_checkpoint_is_no_path(step):
+    with pytest.raises(ValueError, match="is not a number of steps"):
+        step_of({"global_step": step})
+    assert step_of({"global_step": 7}) == 7
+
+
 def test_the_command_to_push_later_names_the_checkpoint(tmp_path, monkeypatch):
     """Whatever the folder is called: `.` is also in the name of the program."""
     monkeypatch.chdir(tmp_path)
@@ -129,7 +144,14 @@ def test_the_command_to_push_later_names_the_checkpoint(tmp_path, monkeypatch):
 @only_on_loopback
 def test_faults(server, tmp_path):
     """What may pass is tried again; the rest ends in one line, and the run is as it was."""
+    state = json.dumps({"global_step": "../../evil"}).encode()
+    hostile = {"last-checkpoint/trainer_state.json": state, "last-checkpoint/scheduler.pt": b"", "../x/y.json": b""}
+    server.repositories["model", "maintainer/hostile"] = hub.Repository(commits=[("a" * 40, hostile)])
     results, _ = as_user(server, "push_through_faults", tmp_path)
+    assert results.pop("a step that is a path").endswith(
+        "trainer_state.json has global_step='../../evil', which is not a number of steps"
+    )
+    assert not list(tmp_path.rglob("*evil*"))
     assert hub.TOKEN not in json.dumps(results)
     sha256, run = results.pop("sha256"), tmp_path / "run"
     assert results.pop("processor").startswith("cannot load the image processor of 'maintainer/c': ")

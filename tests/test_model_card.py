@@ -1,6 +1,8 @@
 """Model cards: the Hub's own parser reads them, names cannot break them, the committed ones are what is rendered."""
 
+import copy
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -194,6 +196,72 @@ def test_no_data_of_a_card(content, tmp_path):
     if content is not None:
         (tmp_path / CARD_DATA).write_text(content)
     with pytest.raises(InputError, match=r"model_card\.json cannot be read as the data of a model card"):
+        CardData.load(tmp_path)
+
+
+SCRIPT = "x`<script>alert(1)</script>"
+ROWS = [{"method": "ce", "runs": 6, "mean_iou": "44.7", "difference": "+0.2 [-0.5, 0.9]", "ece": "3.1"}]
+WHOLE = json.loads(
+    json.dumps(dataclasses.asdict(card(comparison=Comparison("s", "2 pairs", ROWS), pictures=("curves.png",))))
+)
+
+
+def places(value, path=()):
+    """Yield the path of everything in JSON."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in items:
+        yield from places(part, (*path, key))
+
+
+def changed(change, path):
+    """Return the data of a card with one change."""
+    whole = copy.deepcopy(WHOLE)
+    parent = functools.reduce(lambda value, key: value[key], path[:-1], whole)
+    change(parent, path[-1])
+    return whole
+
+
+def rename(parent, key):
+    if isinstance(parent, dict):
+        parent[SCRIPT] = parent.pop(key)
+
+
+def put(value):
+    return lambda parent, key: parent.__setitem__(key, value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *map(
+            put,
+            [SCRIPT, [SCRIPT], {SCRIPT: SCRIPT}, "a\n---\nb: c", None, -1, 10**400, True, 0.5, "1", [], {}],
+        ),
+        lambda parent, key: parent.pop(key),
+        rename,
+    ],
+)
+def test_any_change_of_the_data_is_refused_or_shown_as_text(change, tmp_path):
+    for path in list(places(WHOLE))[1:]:
+        (tmp_path / CARD_DATA).write_text(json.dumps(changed(change, path)))
+        try:
+            page = ModelCard(render(CardData.load(tmp_path)))
+        except InputError:
+            continue
+        assert "<script" not in page.text, path
+        assert page.text.count("\n## ") == 8, path
+        assert page.data.library_name == "transformers"
+
+
+def test_a_wrong_field_is_named(tmp_path):
+    wrong = {"loss": "foo", "metrics": None, "history": [{"x": 1}], "seconds": "1", "step": SCRIPT, "versions": {}}
+    for name, value in wrong.items():
+        (tmp_path / CARD_DATA).write_text(json.dumps({**WHOLE, name: value}))
+        with pytest.raises(InputError, match=rf"cannot be read as the data of a model card: {name}"):
+            CardData.load(tmp_path)
+    (tmp_path / CARD_DATA).write_text("[" * 100_000)
+    with pytest.raises(InputError, match="nested too deeply"):
         CardData.load(tmp_path)
 
 

@@ -37,6 +37,27 @@ class TestBuildModel:
             assert is_classifier or torch.equal(other.state_dict()[name], parameter)
         assert other.config.num_labels == 7
 
+    def test_a_head_of_the_same_classes_in_another_order(self, any_model, tmp_path):
+        names = ["sky", "road", "car", "bed "]  # with a blank, as in the names of ADE20K on the Hub
+        any_model.config.id2label = dict(enumerate(names))
+        any_model.save_pretrained(tmp_path)
+        wanted = ["bed", "car", "sky", "road"]
+        model = build_model(str(tmp_path), dict(enumerate(wanted)))
+        images = torch.rand(2, 3, 64, 64)
+        with torch.no_grad():
+            before, after = any_model.eval()(images).logits, model.eval()(images).logits
+        assert torch.equal(after, before[:, [3, 2, 0, 1]])
+        assert model.config.id2label == dict(enumerate(wanted))
+        assert model.config.label2id["sky"] == 2
+
+    def test_a_head_of_other_classes_is_not_kept(self, any_model, tmp_path, caplog):
+        any_model.config.id2label = dict(enumerate("abcd"))
+        any_model.save_pretrained(tmp_path)
+        with caplog.at_level("WARNING"):
+            model = build_model(str(tmp_path), dict(enumerate("abcx")))
+        name, layer = list(ClassifierTap(model).layers.items())[-1]
+        assert not torch.equal(layer.weight, any_model.state_dict()[f"{name}.weight"])
+
     def test_a_new_classifier_is_initialised_by_its_fan_in(self, any_model, tmp_path):
         any_model.save_pretrained(tmp_path)
         model = build_model(str(tmp_path), dict(enumerate("abcdefg")))

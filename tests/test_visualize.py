@@ -60,6 +60,15 @@ def test_overlay_has_the_picture_under_its_colours_and_a_legend_of_what_it_shows
     assert colors_of(overlay(Image.new("RGB", (80, 100)), mask, names, own).crop((80, 0, 140, 100))) >= {(1, 2, 3)}
 
 
+def test_a_legend_of_any_names():
+    assert legend([("a" * 100_000, (9, 9, 9)), ("two\nlines", (9, 9, 9)), ("", (9, 9, 9))]).width < 1000
+
+
+def test_a_strip_has_a_small_legend():
+    strip = overlay(Image.new("RGB", (1, 200_000)), np.zeros((200_000, 1)), {0: "sky", 1: "road"})
+    assert strip.width < 100  # the memory for a font of 5000 would be a terabyte
+
+
 def test_a_legend_has_room_for_its_names_and_grows_with_the_picture():
     entries = [("a name that is rather long for a class", (9, 9, 9)), ("x", (8, 8, 8))]
     assert legend(entries).width > legend(entries[1:]).width > 20

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
@@ -22,6 +23,8 @@ from .parser import OneLineParser
 
 if TYPE_CHECKING:
     from gradio import Blocks
+
+MAX_FILE_SIZE = "50mb"  # of an upload
 
 
 @one_line()
@@ -34,7 +37,9 @@ def main(argv: list[str] | None = None) -> None:
         "--models", nargs="+", metavar="NAME=PATH", help="Models to compare. Default: the models in PALS_MODELS."
     )
     given = parser.parse_args(argv).models
-    build_page(models_of_environment() if given is None else read_models(given)).launch()
+    page = build_page(models_of_environment() if given is None else read_models(given))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the server deletes the uploads
+    page.launch(max_file_size=MAX_FILE_SIZE)
 
 
 def models_of_environment() -> dict[str, str]:

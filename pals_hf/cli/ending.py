@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from itertools import pairwise
 from typing import Any, NoReturn, TextIO
 
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from ..errors import InputError, PushError, TrainingError, first_line, is_out_of_memory, message_of
@@ -47,9 +48,12 @@ def one_line(is_setup: Callable[[], bool] = lambda: True, argv: list[str] | None
         except Exception as error:
             if is_setup():
                 fail(in_one_line(error, sys.argv[1:] if argv is None else argv))
-            if not (is_out_of_memory(error) or (isinstance(error, OSError) and error.errno)):
+            problem = problem_of(error)
+            if isinstance(error, OSError | SafetensorError):
+                problem = f"a file of the run cannot be read or written: {problem}"
+            elif not is_out_of_memory(error):
                 raise
-            fail(_caused(TrainingError(problem_of(error)), error))
+            fail(_caused(TrainingError(problem), error))
 
 
 def in_one_line(error: Exception, argv: list[str]) -> InputError:

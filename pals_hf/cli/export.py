@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -26,9 +27,10 @@ from torch import Tensor, nn
 
 from ..data.synthetic import generate_scene
 from ..errors import InputError, first_line
-from ..files import refuse_unwritable
+from ..files import make_folder, refuse_unwritable
 from ..functional import upsample
 from ..inference import load_for_inference, read_pictures
+from ..pretrained import loading
 from .ending import one_line
 from .parser import OneLineParser
 
@@ -66,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     check_file(args.file, args.overwrite)
     image = generate_scene((0,))[0] if args.image is None else next(read_pictures(args.image))
     model, processor = load_for_inference(args.model, "cpu")
-    pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
+    with loading("the image processor of the model fails"):
+        pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
     print("\n".join(export(model.float(), pixel_values, args.file)))
     print(f"\nThe model is in {args.file}")
 
@@ -113,8 +116,8 @@ def export(model: nn.Module, pixel_values: Tensor, file: Path) -> list[str]:
         InputError: the network cannot be exported, or the exported file computes other logits.
     """
     network = Logits(model).eval()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=file.parent, prefix=".onnx-") as folder:
+    make_folder(file.parent)
+    with writing(file), TemporaryDirectory(dir=file.parent, prefix=".onnx-") as folder:
         draft = Path(folder, file.name)
         for is_free in (False,) if pools_to_a_grid(network) else (True, False):
             try:
@@ -129,6 +132,19 @@ def export(model: nn.Module, pixel_values: Tensor, file: Path) -> list[str]:
         for path in sorted(Path(folder).iterdir(), key=lambda path: path == draft):
             os.replace(path, file.parent / path.name)
     return lines
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Turn errors of the disk into one line.
+
+    Raises:
+        InputError: the file cannot be written, for example because the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
 def pools_to_a_grid(network: nn.Module) -> bool:

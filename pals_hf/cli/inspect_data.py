@@ -15,21 +15,20 @@ import json
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from ..data import FractionManifest, SegmentationData
-from ..files import refuse_unwritable
+from ..files import make_folder, refuse_unwritable, write_result
 from ..options import IMAGES, RUN, option
 from ..visualize import prediction_sheet
 from .arguments import DataArguments, read_data
 from .ending import one_line
 from .parser import OptionParser
 
-CONSTANT = 4.0  # standard deviation of grey values (0 to 255) below which an image counts as nearly constant
+CONSTANT = 4  # difference of an image's extreme values (0 to 255) below which it counts as nearly constant
 NUM_PICTURES = 6  # rows of inspection.png
 
 
@@ -45,12 +44,11 @@ class InspectionArguments(DataArguments):
 def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
     (args,) = OptionParser(InspectionArguments, __doc__).parse(sys.argv[1:] if argv is None else argv)
-    folder = Path(args.output_dir)
-    refuse_unwritable(folder)
+    refuse_unwritable(args.output_dir)
     data = read_data(args, skip_bad_samples=True)
     report = inspect(data, args)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "inspection.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
+    folder = make_folder(args.output_dir)
+    write_result(folder / "inspection.json", json.dumps(report, indent=2, ensure_ascii=False))
     # The first images of a balanced draw cover as many classes as possible.
     chosen = FractionManifest.draw(data.train, count=min(NUM_PICTURES, len(data.train)), method="balanced")
     rows = [(row["image"], row["labels"]) for row in chosen.select(data.train)]
@@ -71,6 +69,7 @@ def inspect(data: SegmentationData, args: InspectionArguments) -> dict[str, Any]
         "sizes": {name: sizes(split) for name, split in splits.items()},
         "classes": {name: class_table(split, data.id2label) for name, split in splits.items()},
         "fractions": [inspect_fraction(data, fraction, args) for fraction in args.fractions],
+        "notes": data.notes,
         "refused": data.skipped,
         "near_constant": {name: near_constant(split) for name, split in splits.items()},
         "duplicates": {name: duplicates(split) for name, split in splits.items()},
@@ -111,11 +110,11 @@ def inspect_fraction(data: SegmentationData, fraction: float, args: InspectionAr
 
 
 def near_constant(split: Dataset) -> list[str]:
-    """Return the ids of the images whose grey values hardly vary."""
+    """Return the ids of the images whose values hardly vary in any channel. Dark images may be as good as others."""
     return [
         row["id"]
         for row in split.select_columns(["id", "image"])
-        if np.asarray(row["image"].convert("L"), dtype=np.float32).std() < CONSTANT
+        if max(high - low for low, high in row["image"].convert("RGB").getextrema()) < CONSTANT
     ]
 
 
@@ -146,6 +145,8 @@ def print_report(report: dict[str, Any]) -> None:
     for part in report["fractions"]:
         if part["missed"]:
             print(f"The {part['fraction']:.0%} fraction has no image of: {', '.join(part['missed'])}")
+    for note in report["notes"]:
+        print(f"note: {note}")
     for split in ("train", "validation"):
         for identifier in report["near_constant"][split]:
             print(f"{split}/{identifier} is nearly constant: its pixels hardly differ")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections import Counter
 from functools import cache
-from math import log
+from math import isqrt, log, sqrt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +20,18 @@ from ..visualize import heat_map, overlay
 
 NUM_EXAMPLES = 4
 MIN_HEIGHT = 300  # smaller images are enlarged
+# Time and memory grow with the pixels, and the page may be open to everybody.
+SHRUNK_TO = 2_000_000  # pixels of an image for the networks
+MAX_SIDE = 4_000  # pixels of its height and width
+MAX_PIXELS = 50_000_000  # pixels of an upload
+KEEP_UPLOADS = 3600  # seconds
 NONE = "none"
 UNCERTAINTY = "Uncertainty: the entropy of the class probabilities at each pixel, divided by its maximum"
+LIMITS = (
+    f"Images of more than {SHRUNK_TO // 10**6} megapixels, or a side of more than {MAX_SIDE} pixels, are shrunk. "
+    f"Images of more than {MAX_PIXELS // 10**6} megapixels are refused. "
+    f"Uploads are deleted after {KEEP_UPLOADS // 60} minutes."
+)
 HOW_TO = """
 This page has no models. Start it with models from folders or from the Hub:
 
@@ -53,7 +63,7 @@ def segment(name: str, name_or_path: str, image: Image.Image) -> Segmented:
     shares: Counter[str] = Counter()
     for index, label in id2label.items():
         shares[label] += pixels[index] / mask.size
-    times = max(1, MIN_HEIGHT // image.height)
+    times = max(1, min(MIN_HEIGHT // image.height, isqrt(SHRUNK_TO // (image.width * image.height))))
     uncertainty = (prediction.entropy / log(len(id2label))).numpy()
     return Segmented(
         f"### {name}\nMean entropy: {prediction.entropy.mean():.3f} nats (the maximum is {log(len(id2label)):.3f})",
@@ -67,13 +77,28 @@ def enlarge(values: np.ndarray, times: int) -> np.ndarray:
     return values.repeat(times, axis=0).repeat(times, axis=1)
 
 
-def read_upload(file: str) -> tuple[Image.Image | None, None]:
-    """Return the uploaded image, upright, and None to clear the upload. Show a warning if it is not an image."""
+def read_image(file: str) -> Image.Image:
+    """Return an uploaded image, upright, and shrunk if it has more than `SHRUNK_TO` pixels or a side above `MAX_SIDE`.
+
+    Raises:
+        InputError: the file is not an image, or has more than `MAX_PIXELS` pixels.
+    """
     try:
-        return next(read_pictures(Path(file))), None
+        image = next(read_pictures(Path(file), MAX_PIXELS))
     except InputError as error:
-        message = str(error).replace(file, Path(file).name)  # users do not know the folders of the server
-        gr.Warning(html.escape(message), duration=None, title="Choose another image")
+        raise InputError(
+            str(error).replace(file, Path(file).name)
+        ) from error  # users do not know the server's folders
+    scale = min(1, sqrt(SHRUNK_TO / (image.width * image.height)), MAX_SIDE / max(image.size))
+    return image if scale == 1 else image.resize([max(1, int(side * scale)) for side in image.size])
+
+
+def read_upload(file: str) -> tuple[Image.Image | None, None]:
+    """Return the uploaded image, and None to clear the upload. Show a warning if it is not an image."""
+    try:
+        return read_image(file), None
+    except InputError as error:
+        gr.Warning(html.escape(str(error)), duration=None, title="Choose another image")
         return None, None
 
 
@@ -83,8 +108,9 @@ def build_demo(models: dict[str, str]) -> gr.Blocks:
     Args:
         models: maps the name of each model on the page to its folder or its name on the Hub.
     """
-    with gr.Blocks(title="pals_hf", analytics_enabled=False) as demo:
-        gr.Markdown("# Semantic segmentation with few labels\nChoose an image and the models to compare.")
+    age = (KEEP_UPLOADS // 6, KEEP_UPLOADS)
+    with gr.Blocks(title="pals_hf", analytics_enabled=False, delete_cache=age) as demo:
+        gr.Markdown(f"# Semantic segmentation with few labels\nChoose an image and the models to compare. {LIMITS}")
         if not models:
             gr.Markdown(HOW_TO)
             return demo
@@ -92,7 +118,7 @@ def build_demo(models: dict[str, str]) -> gr.Blocks:
         with gr.Row():
             with gr.Column():
                 file = gr.File(label="Your image", file_types=["image"], height=120)
-                image = picture(type="pil", height=280)
+                image = picture(type="filepath", image_mode=None, height=280)  # decoded by read_image only
             with gr.Column():
                 first = gr.Dropdown(names, value=names[0], label="Model")
                 second = gr.Dropdown([*names, NONE], value=[*names, NONE][1], label="Second model")
@@ -112,12 +138,13 @@ def build_demo(models: dict[str, str]) -> gr.Blocks:
                 with gr.Column():
                     uncertainties.append(picture(visible=False))
 
-        def show(image: Image.Image | None, *chosen: str) -> list:
-            if image is None:
+        def show(file: str | None, *chosen: str) -> list:
+            if file is None:
                 raise gr.Error("Choose an image first.", print_exception=False)
             try:
+                image = read_image(file)
                 found = {name: segment(name, models[name], image) for name in chosen if name in models}
-            except (RuntimeError, ValueError) as error:  # an InputError, or the network fails on this image
+            except Exception as error:  # an InputError, or the network fails on this image in any way
                 raise gr.Error(html.escape(first_line(error)), print_exception=False) from error
             sides = [*found.values(), NOTHING][:2]
             return [

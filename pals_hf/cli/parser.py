@@ -161,7 +161,7 @@ def read_recipe(path: Path, known: set[str]) -> list[str]:
     """
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"recipe {path} cannot be read: {error}") from error
     if not isinstance(recipe, dict):
         raise InputError(f"recipe {path} must hold flags and their values, like `learning_rate: 2e-4`")

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from itertools import islice
 from math import log
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 from huggingface_hub import try_to_load_from_cache
@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from ..data.classes import MAX_CLASSES
 from ..errors import InputError, first_line
-from ..files import refuse_unwritable
+from ..files import make_folder, read_json, refuse_unwritable, walk, write_result
 from ..inference import Prediction, load_for_inference, predict, read_pictures
 from ..visualize import heat_map, index_picture, overlay
 from .ending import one_line
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 RESULTS = "predictions.json"
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+KINDS = ("overlay", "mask", "uncertainty")
+_ENDINGS = tuple(f"_{kind}.png" for kind in KINDS)
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 
 
@@ -76,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
             prepare_output_dir(args.output_dir)
         for (picture, image), prediction in zip(batch, predictions, strict=True):
             report["images"].append(write_results(picture, image, prediction, model.config.id2label, args))
-    (args.output_dir / RESULTS).write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
+    write_result(args.output_dir / RESULTS, json.dumps(report, indent=2, ensure_ascii=False))
     print_table(report["images"], num_classes)
     print(f"\nThe results are in {args.output_dir}")
 
@@ -132,17 +134,21 @@ def find_files(given: Path, output_dir: Path) -> tuple[Path, list[Path]]:
         raise InputError(f"output_dir {output_dir} is the folder of the images. Choose another folder.")
     # Earlier results in a subfolder of the input are not images. An output folder around the input excludes nothing.
     within = output.is_relative_to(given.resolve())
-    files = [
+    files = sorted(
         path
-        for path in sorted(given.rglob("*"))
+        for place, names in walk(given, onerror=_unreadable)
+        for path in (Path(place, name) for name in names)
         if path.suffix.lower() in IMAGES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(given).parts)
+        and not path.name.startswith(".")
         and not (within and path.resolve().is_relative_to(output))
-    ]
+    )
     if not files:
         raise InputError(f"{given} has no images. The supported extensions are {', '.join(IMAGES)}.")
     return given, files
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def list_pictures(root: Path, files: list[Path]) -> list[Picture]:
@@ -214,7 +220,7 @@ def predict_all(
         while batch := list(islice(pairs, batch_size)):
             try:
                 predictions = predict(model, processor, [image for _, image in batch], **options)
-            except (RuntimeError, ValueError) as error:
+            except Exception as error:  # a network may fail in any way on an image that it was not made for
                 (picture, image), *_ = batch
                 raise InputError(
                     f"{picture.file}: the network fails on {image.width}x{image.height} pixels in a batch of "
@@ -252,27 +258,32 @@ def prepare_output_dir(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in written_before(folder):
-            (folder / name).unlink(missing_ok=True)
+        for path in written_before(folder):
+            path.unlink(missing_ok=True)
         (folder / RESULTS).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"output_dir {folder} cannot be written: {error.strerror}") from error
 
 
-def written_before(folder: Path) -> list[str]:
-    """Return the names of the files in the folder that its report lists."""
+def written_before(folder: Path) -> list[Path]:
+    """Return the pictures in the folder that its report lists.
+
+    Another program may have written the report, so it is believed only where a picture has a name that this program
+    gives, and is a file in this folder that no link on the way leads out of.
+    """
     try:
-        report = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        names = [name for entry in report["images"] for name in entry["files"].values()]
-    except (KeyError, OSError, TypeError, ValueError):  # there is no report, or another program wrote it
+        names = [name for entry in read_json(folder / RESULTS)["images"] for name in entry["files"].values()]
+    except (AttributeError, InputError, KeyError, TypeError):  # there is no report, or not one of this program
         return []
-    return [name for name in names if (folder / name).resolve().is_relative_to(folder.resolve())]
+    paths = [folder / name for name in names if isinstance(name, str) and name.endswith(_ENDINGS) and "\0" not in name]
+    top = folder.resolve()
+    inside = [path for path in paths if path.resolve().is_relative_to(top) and ".." not in path.parts]
+    return [path for path in inside if path.is_file() and not path.is_symlink()]
 
 
 def file_names(picture: Picture, uncertainty: bool) -> dict[str, str]:
     """Map each kind of result to its file name in the output folder."""
-    kinds = ("overlay", "mask", "uncertainty") if uncertainty else ("overlay", "mask")
-    return {kind: f"{picture.name}_{kind}.png" for kind in kinds}
+    return {kind: f"{picture.name}_{kind}.png" for kind in KINDS[: 3 if uncertainty else 2]}
 
 
 def write_results(
@@ -284,11 +295,12 @@ def write_results(
 ) -> dict[str, Any]:
     """Write the pictures of a prediction, and return its entry in the report."""
     mask, names = prediction.mask.numpy(), file_names(picture, args.uncertainty)
-    (args.output_dir / picture.name).parent.mkdir(parents=True, exist_ok=True)
-    overlay(image, mask, id2label).save(args.output_dir / names["overlay"])
-    index_picture(mask, len(id2label)).save(args.output_dir / names["mask"])
+    make_folder((args.output_dir / picture.name).parent)
+    write_result(args.output_dir / names["overlay"], overlay(image, mask, id2label))
+    write_result(args.output_dir / names["mask"], index_picture(mask, len(id2label)))
     if args.uncertainty:
-        heat_map(prediction.entropy / log(len(id2label))).save(args.output_dir / names["uncertainty"])
+        heat = heat_map(prediction.entropy / log(len(id2label)))
+        write_result(args.output_dir / names["uncertainty"], heat)
     pixels = np.bincount(mask.ravel(), minlength=len(id2label)).tolist()
     return {
         "file": picture.file.as_posix(),

@@ -11,8 +11,8 @@ from transformers.utils import is_matplotlib_available
 
 from ..data import SegmentationData, SegmentationStream, StreamedDataset, TransformedDataset
 from ..data.checking import read_pair
-from ..errors import InputError
 from ..inference import load_for_inference, predict
+from ..models import refuse_other_classes
 from ..trainer import PALSTrainer
 from ..visualize import prediction_sheet, reliability_diagram, training_curves
 
@@ -50,14 +50,15 @@ def report(
 
 
 def load_finished(
-    checkpoint: str, id2label: dict[int, str], device: str | torch.device
+    checkpoint: str, id2label: dict[int, str], device: str | torch.device | None
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """Load a trained model for these classes, exactly as `from_pretrained` gives it to its users."""
+    """Load a trained model as `from_pretrained` gives it to its users, with its outputs in the order of the classes.
+
+    Raises:
+        InputError: the model cannot be loaded, or predicts other classes.
+    """
     model, processor = load_for_inference(checkpoint, device)
-    if model.config.num_labels != len(id2label):
-        raise InputError(
-            f"{checkpoint} predicts {model.config.num_labels} classes, but the data set has {len(id2label)}"
-        )
+    refuse_other_classes(checkpoint, model, id2label)
     return model, processor
 
 
@@ -68,7 +69,7 @@ def some_pairs(
     if isinstance(scored, StreamedDataset):
         real = (pending.row for pending in scored if not pending.is_filler)
         read = (read_pair(row, data.classes) for row in itertools.islice(real, NUM_PICTURES))
-        return [(image, fromarray(labels)) for image, labels, _ in read]
+        return [(pair.image, fromarray(pair.labels)) for pair in read]
     examples = data.validation.select(range(min(NUM_PICTURES, len(data.validation))))
     return [(row["image"], row["labels"]) for row in examples]
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import numpy as np
 from accelerate import PartialState
 
 from ..config import PALSConfig
@@ -29,6 +30,7 @@ from .arguments import TrainArguments, read_data, source_of
 from .ending import is_main_process
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import BaseImageProcessor
 
 
@@ -38,16 +40,15 @@ def load_data(args: TrainArguments) -> tuple[SegmentationData | SegmentationStre
         datasets.disable_progress_bars()
     if args.streaming:
         chosen = None if args.train_manifest is None else FractionManifest.load(args.train_manifest)
-        stream = stream_segmentation_dataset(**source_of(args))
+        stream = stream_segmentation_dataset(**source_of(args), skip_bad_samples=args.skip_bad_samples)
+        print_notes(stream)
         if chosen is not None and not stream.has_ids:
             raise InputError(f"train_manifest needs a column id, by which {stream.name} would name its images")
         return stream, chosen
     data = read_data(args, args.skip_bad_samples)
     every = data.train
     data = args.hold_out(data)
-    if is_main_process():
-        for name, problem in data.skipped.items():
-            print(f"skipped {name}: {problem}", file=sys.stderr)
+    print_notes(data)
     record = {"name": data.name, "id2label": data.id2label}
     if args.train_manifest is not None:
         manifest = FractionManifest.load(args.train_manifest, data.train, **record)
@@ -57,7 +58,38 @@ def load_data(args: TrainArguments) -> tuple[SegmentationData | SegmentationStre
         manifest = FractionManifest.draw(
             data.train, share, args.fraction_seed, count=args.train_count, method=args.fraction_method, **record
         )
-    return replace(data, train=args.degrade(manifest.select(data.train))), manifest
+    chosen = manifest.select(data.train)
+    if not args.eval_only:
+        check_chosen(chosen, data.id2label)
+    return replace(data, train=args.degrade(chosen)), manifest
+
+
+def print_notes(data: SegmentationData | SegmentationStream) -> None:
+    """Say which images are not used, and why."""
+    if not is_main_process():
+        return
+    for note in data.notes:
+        print(f"note: {note}", file=sys.stderr)
+    for name, problem in getattr(data, "skipped", {}).items():
+        print(f"skipped {name}: {problem}", file=sys.stderr)
+
+
+def check_chosen(images: Dataset, id2label: dict[int, str]) -> None:
+    """Say which classes the chosen training images do not show.
+
+    Raises:
+        InputError: they show one class only, or none.
+    """
+    pixels = np.sum(images["class_pixels"], axis=0)
+    missing = [name for index, name in id2label.items() if not pixels[index]]
+    if len(missing) > len(id2label) - 2:
+        shown = [f"labels of the class {name!r} only" for name in id2label.values() if name not in missing]
+        raise InputError(
+            f"the {len(images)} chosen training images have {shown[0] if shown else 'no labels'}, but training needs "
+            "at least two classes. Choose more images, or use fraction_method balanced."
+        )
+    if missing and is_main_process():
+        print(f"note: no training image shows {', '.join(missing)}", file=sys.stderr)
 
 
 def build_datasets(

@@ -9,44 +9,57 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import itertools
+import json
 import os
 import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
 import numpy as np
-from datasets import Dataset, Features, Image, Sequence, Value, concatenate_datasets
-from PIL import ExifTags, ImageOps
+from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from PIL import Image as PILImage
+from PIL import ImageOps
 
 from ..errors import InputError, first_line
-from .classes import Classes
+from ..files import read_bytes
+from .classes import Classes, Color, Palettes
+from .pictures import decode_picture, orientation_of_mask, refuse_deep, turn
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-_FORMAT = 3  # of the cached results: increase it when they change
-_QUARTER_TURNS = {5, 6, 7, 8}  # orientations that swap width and height
+LOOKED_AT = 1000  # images of a stream that are read before training, if labels are scarce
+_FORMAT = 4  # of the cached results: increase it when they change
 _FOUND = Features(
     {
         "labels": Image(decode=False),
-        "class_pixels": Sequence(Value("int64")),
+        "class_pixels": List(Value("int64")),
         "image_sha256": Value("string"),
         "labels_sha256": Value("string"),
+        "palette": Value("string"),  # the mask's name and the colours of its values, as JSON
         "problem": Value("string"),
     }
 )
 
 
 def check_split(
-    split: Dataset, classes: Classes, *, fingerprint: str | None = None, num_proc: int | None = None
+    split: Dataset,
+    classes: Classes,
+    palettes: Palettes,
+    *,
+    fingerprint: str | None = None,
+    num_proc: int | None = None,
 ) -> tuple[Dataset, dict[str, str]]:
     """Check all pairs of a split.
 
     Args:
         split: columns `id`, `image` and `labels`, the latter two of feature `Image`.
         classes: meaning of the mask values.
+        palettes: the palettes of the masks so far, to which those of this split are added.
         fingerprint: a string that changes when the contents of the split change. Without it, nothing is cached.
         num_proc: number of processes.
 
@@ -55,6 +68,9 @@ def check_split(
         `image`, `labels` (class indices, and 255 for unlabelled pixels), `class_pixels` (number of pixels of each
         class, then of unlabelled pixels), `image_sha256` of the encoded image and `labels_sha256` of the class
         indices.
+
+    Raises:
+        InputError: two masks show a value in different colours, see [`Palettes`].
     """
     raw = split.cast_column("image", Image(decode=False)).cast_column("labels", Image(decode=False))
     meaning = f"{_FORMAT} {fingerprint} {len(classes.names)} {sorted(classes.codes.items())}"
@@ -70,8 +86,11 @@ def check_split(
         desc="Checking images and masks",
     )
     problems = {id: problem for id, problem in zip(split["id"], found["problem"], strict=True) if problem is not None}
+    for palette in filter(None, found["palette"]):
+        name, colors = json.loads(palette)
+        palettes.add(name, {int(value): tuple(color) for value, color in colors.items()})
     # The images are not copied: only the masks are stored again.
-    found = found.remove_columns("problem").cast_column("labels", Image())
+    found = found.remove_columns(["palette", "problem"]).cast_column("labels", Image())
     checked = concatenate_datasets([split.select_columns(["id", "image"]), found], axis=1)
     checked = checked.select_columns(["id", "image", "labels", "class_pixels", "image_sha256", "labels_sha256"])
     if problems:
@@ -115,78 +134,170 @@ def raise_first_problem(problems: dict[str, str]) -> None:
         raise InputError(f"{first} (Set skip_bad_samples to skip this sample{more}.)")
 
 
-def check_labels(train: Dataset, classes: Classes) -> None:
-    """Make sure that a checked training split has labels of at least two classes.
+def refuse_empty(split: Dataset, name: str, problems: dict[str, str]) -> None:
+    """Raise `InputError` if no image of a split is left, with the problem of the first one."""
+    if len(split) == 0:
+        reasons = f": {len(problems)} samples failed a check. {next(iter(problems.values()))}" if problems else ""
+        raise InputError(f"the {name} split contains no valid images{reasons}")
+
+
+class LabelCount:
+    """Count the labelled pixels of a split, and say whether the images can be trained on or scored.
+
+    Args:
+        classes: the classes of the split.
+        name: the name of the images, like "training".
+        is_training: whether the labels must show two classes, or any.
+    """
+
+    def __init__(self, classes: Classes, name: str, is_training: bool):
+        self.classes, self.name, self.is_training = classes, name, is_training
+        self.pixels = np.zeros(len(classes.names) + 1, dtype=np.int64)
+
+    def add(self, class_pixels: Sequence[int]) -> LabelCount:
+        """Add the pixels of each class, then the unlabelled pixels, of one or more images."""
+        self.pixels += np.asarray(class_pixels, dtype=np.int64)
+        return self
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether two classes are labelled, or for validation one class and no pixel is left that may be another."""
+        present = np.count_nonzero(self.pixels[:-1])
+        may_be_class = self.pixels[-1] > 0 and not self.classes.by_color
+        return present >= 2 or (present == 1 and not self.is_training and not may_be_class)
+
+    def check(self) -> None:
+        """Raise `InputError` if the labels are not enough."""
+        if self.is_enough:
+            return
+        *pixels, unlabelled = self.pixels
+        present = [name for name, count in zip(self.classes.names, pixels, strict=True) if count]
+        found = f"labels of the class {present[0]!r} only" if present else "no labels"
+        but = "training needs at least two classes" if self.is_training else "without labels there is no score"
+        if present and not self.is_training:
+            but = "also unlabelled pixels, which may be another class"
+        hint = "Check void_labels."
+        if unlabelled and not self.classes.by_color:
+            hint += (
+                " The value 255 always means no label. If 255 is a class, give a palette file, which names colours."
+            )
+        raise InputError(f"the {self.name} images have {found}, but {but}. {hint}")
+
+
+def check_labels(split: Dataset, classes: Classes, name: str, is_training: bool) -> None:
+    """Make sure that a checked split has labels: of at least two classes for training, of any for validation.
 
     Raises:
-        InputError: the split is empty, or has labels of one class or none.
+        InputError: the labels are not enough.
     """
-    if len(train) == 0:
-        raise InputError("the training split contains no valid images")
-    *pixels, unlabelled = np.sum(train["class_pixels"], axis=0)
-    present = [name for name, count in zip(classes.names, pixels, strict=True) if count]
-    if len(present) >= 2:
-        return
-    found = f"labels of the class {present[0]!r} only" if present else "no labels"
-    hint = "Check void_labels."
-    if unlabelled and not classes.by_color:
-        hint += " The value 255 always means no label. If 255 is a class, give a palette file, which names colours."
-    raise InputError(f"the training images have {found}, but training needs at least two classes. {hint}")
+    LabelCount(classes, name, is_training).add(np.sum(split["class_pixels"], axis=0)).check()
+
+
+def check_stream(
+    rows: Iterable[dict[str, Any]], classes: Classes, name: str, is_training: bool, skip_bad_samples: bool
+) -> None:
+    """Read a stream until its labels are enough to train on or to score, at most [`LOOKED_AT`] images.
+
+    Args:
+        rows: encoded images and masks.
+        classes: meaning of the mask values.
+        name: the name of the images, like "training".
+        is_training: as in [`LabelCount`].
+        skip_bad_samples: skip samples that fail a check.
+
+    Raises:
+        InputError: a sample fails a check, or the labels are not enough.
+    """
+    count, problems, number = LabelCount(classes, name, is_training), {}, 0
+    for row in itertools.islice(rows, LOOKED_AT):
+        number += 1
+        try:
+            pair = read_pair(row, classes)
+        except InputError as error:
+            if not skip_bad_samples:
+                raise
+            problems[row["id"]] = str(error)
+            continue
+        if count.add(count_pixels(pair.labels, classes)).is_enough:
+            return
+    refuse_empty(range(number - len(problems)), name, problems)
+    if number == LOOKED_AT:
+        count.name = f"first {LOOKED_AT} {name}"
+    count.check()
+
+
+class Pair(NamedTuple):
+    """A decoded and checked image and mask."""
+
+    image: Picture
+    """The upright image."""
+    labels: np.ndarray
+    """Class indices and 255, uint8 `(H, W)`."""
+    image_sha256: str
+    """SHA-256 of the encoded image."""
+    mask_name: str
+    """The mask's name, for messages."""
+    colors: dict[int, Color]
+    """The colours in the mask's palette, see [`Classes.colors_of`]."""
 
 
 def _check_pair(example: dict[str, Any], classes: Classes) -> dict[str, Any]:
     """Return the row that is stored for one image and mask, which may be the problem with them."""
     try:
-        _, labels, image_hash = read_pair(example, classes)
+        pair = read_pair(example, classes)
     except InputError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno not in (None, errno.ENOENT):
             raise  # a problem of the disk or its permissions must not be cached as a problem of the image
         return {**dict.fromkeys(_FOUND), "problem": str(error)}
     buffer = io.BytesIO()
-    PILImage.fromarray(labels).save(buffer, format="png", compress_level=1)
-    counts = np.bincount(labels.ravel(), minlength=256)
+    PILImage.fromarray(pair.labels).save(buffer, format="png", compress_level=1)
     return {
         "labels": {"bytes": buffer.getvalue(), "path": None},
-        "class_pixels": [*counts[: len(classes.names)].tolist(), int(counts[255])],
-        "image_sha256": image_hash,
-        "labels_sha256": hash_of_labels(labels),
+        "class_pixels": count_pixels(pair.labels, classes),
+        "image_sha256": pair.image_sha256,
+        "labels_sha256": hash_of_labels(pair.labels),
+        "palette": json.dumps([pair.mask_name, pair.colors]) if pair.colors else None,
         "problem": None,
     }
 
 
-def read_pair(example: dict[str, Any], classes: Classes) -> tuple[Picture, np.ndarray, str]:
-    """Decode and check an encoded image and its mask.
+def count_pixels(labels: np.ndarray, classes: Classes) -> list[int]:
+    """Count the pixels of each class, then the unlabelled pixels."""
+    counts = np.bincount(labels.ravel(), minlength=256)
+    return [*counts[: len(classes.names)].tolist(), int(counts[255])]
 
-    Returns:
-        The upright image, its labels (class indices and 255, uint8 `(H, W)`), and the SHA-256 of its bytes.
+
+def read_pair(example: dict[str, Any], classes: Classes) -> Pair:
+    """Decode and check an encoded image and its mask.
 
     Raises:
         InputError: the image or the mask cannot be read, the mask holds an unknown value, or their sizes differ.
     """
     image, image_hash, image_name = _decode(example, "image")
     mask, _, mask_name = _decode(example, "labels")
-    try:
+    with _naming(mask_name):
         labels = classes.encode(mask)
-    except InputError as error:
-        raise InputError(f"{mask_name}: {error}") from error
-    labels = _rotate_like(labels, mask, image)
+    with _naming(image_name):
+        refuse_deep(image, image.info["bits"])
+    orientation = orientation_of_mask(mask, image)
+    if orientation is not None:
+        labels = np.asarray(turn(PILImage.fromarray(labels), orientation))
     upright = ImageOps.exif_transpose(image)
-    if is_deep(upright):
-        raise InputError(
-            f"{image_name}: images with more than 8 bits per channel (mode {upright.mode}) are not supported. Convert "
-            "the image to 8 bits."
-        )
     if labels.shape != (upright.height, upright.width):
         raise InputError(
             f"{mask_name}: the mask has {mask.width}x{mask.height} pixels, but its image {image_name} has "
             f"{upright.width}x{upright.height}. Both must have the same size."
         )
-    return upright, labels, image_hash
+    return Pair(upright, labels, image_hash, mask_name, classes.colors_of(mask))
 
 
-def is_deep(picture: Picture) -> bool:
-    """Return whether a picture has more than 8 bits per channel (`I`, `I;16`, `F`, ...), which PIL clips in RGB."""
-    return picture.mode.startswith(("I", "F"))
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the name of a file before the message of an `InputError`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def _decode(example: dict[str, Any], column: str) -> tuple[Picture, str, str]:
@@ -195,34 +306,10 @@ def _decode(example: dict[str, Any], column: str) -> tuple[Picture, str, str]:
     if encoded is None:
         raise InputError(f"{column} of {example['id']} is missing")
     name = encoded["path"] or f"{column} of {example['id']}"
+    if encoded["bytes"] is None and encoded["path"] is None:
+        raise InputError(f"{name} is empty: it has neither bytes nor a path")
     try:
-        content = encoded["bytes"] if encoded["bytes"] is not None else Path(encoded["path"]).read_bytes()
-        if not content:
-            raise ValueError("the file is empty")
-        picture = PILImage.open(io.BytesIO(content))
-        picture.load()
-    except PILImage.UnidentifiedImageError as error:
-        raise InputError(f"{name} is not a readable image: its format is not known") from error
-    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+        content = encoded["bytes"] if encoded["bytes"] is not None else read_bytes(encoded["path"])
+    except (OSError, ValueError) as error:
         raise InputError(f"{name} is not a readable image: {first_line(error)}") from error
-    if picture.format == "PNG" and content[25] == 0:  # grey, with the number of bits in the header
-        picture.info["grey_bits"] = content[24]
-    return picture, hashlib.sha256(content).hexdigest(), name
-
-
-def _rotate_like(labels: np.ndarray, mask: Picture, image: Picture) -> np.ndarray:
-    """Rotate labels like their image, which cameras store as the sensor was held, with an orientation tag (EXIF).
-
-    A mask with an orientation tag of its own follows that tag. A mask without a tag is rotated with the image if it
-    has the size of the stored image and not of the upright image. If both sizes are equal, the mask is taken as
-    upright.
-    """
-    orientation = mask.getexif().get(ExifTags.Base.Orientation)
-    if orientation is None and mask.size == image.size and image.width != image.height:
-        noted = image.getexif().get(ExifTags.Base.Orientation)
-        orientation = noted if noted in _QUARTER_TURNS else None
-    if orientation is None:
-        return labels
-    picture = PILImage.fromarray(labels)
-    picture.getexif()[ExifTags.Base.Orientation] = orientation
-    return np.asarray(ImageOps.exif_transpose(picture))
+    return decode_picture(content, name), hashlib.sha256(content).hexdigest(), name

@@ -9,6 +9,7 @@ from datasets import Dataset, Features, Image, IterableDataset, Value, load_data
 
 from ..errors import InputError, first_line
 from .checking import fingerprint_of_files
+from .layouts import SPLITS
 
 FEATURES = Features({"id": Value("string"), "image": Image(), "labels": Image()})
 
@@ -17,8 +18,13 @@ _LABEL_COLUMNS = ("labels", "label", "mask", "annotation", "segmentation", "sema
 _SHARDS = 64  # of a stream from local files, for the workers to share
 
 
-def open_splits(name: str, config: str | None, streaming: bool) -> dict[str, Dataset | IterableDataset]:
+def open_splits(
+    name: str, config: str | None, streaming: bool
+) -> tuple[dict[str, Dataset | IterableDataset], tuple[str, ...]]:
     """Open the `train` split and, if available, the `validation` split, with known features.
+
+    Returns:
+        The splits, and sentences about splits that are not used.
 
     Raises:
         InputError: the data set cannot be loaded, or has no `train` split.
@@ -34,14 +40,21 @@ def open_splits(name: str, config: str | None, streaming: bool) -> dict[str, Dat
     except Exception as error:  # datasets raises many types, and all of them mean that loading failed
         raise InputError(f"the data set {name!r} cannot be loaded: {first_line(error)}") from error
     if not isinstance(loaded, dict):
-        return {"train": _with_features(loaded)}
-    if "train" not in loaded:
+        return {"train": _with_features(loaded)}, ()
+    chosen = {
+        split: next((found for usual in SPLITS[split] for found in loaded if found.lower() == usual), None)
+        for split in ("train", "validation")
+    }
+    if chosen["train"] is None:
         raise InputError(f"the data set {name!r} has no split 'train'. Its splits are {sorted(loaded)}.")
-    splits = {"train": loaded["train"]}
-    for split in ("val", "validation"):
-        if split in loaded:
-            splits["validation"] = loaded[split]
-    return {split: _with_features(part) for split, part in splits.items()}
+    notes = tuple(
+        f"the split {split!r} of {name} is not used. Images are scored on the split 'validation' (or 'val', 'valid', "
+        "'dev', 'eval')."
+        for split in loaded
+        if split not in chosen.values()
+    )
+    splits = {split: _with_features(loaded[found]) for split, found in chosen.items() if found is not None}
+    return splits, notes
 
 
 def _with_features(split: Dataset | IterableDataset) -> Dataset | IterableDataset:

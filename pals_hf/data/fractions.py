@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import InputError
-from ..files import atomic_write_text
+from ..files import atomic_write_text, has_type, read_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -237,7 +238,7 @@ class FractionManifest:
             InputError: the file cannot be read, was changed after it was written, or lists an unknown image.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = unicodedata.normalize("NFC", read_bytes(path).decode("utf-8-sig"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is not a readable fraction manifest: {error}") from error
         if not text.lstrip().startswith(("{", "[")):
@@ -250,9 +251,9 @@ class FractionManifest:
             return cls._of(dataset, ids, "list", None, name, id2label)
         try:
             manifest = cls(**json.loads(text))
-        except (ValueError, TypeError) as error:
+        except (RecursionError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a readable fraction manifest: {error}") from error
-        if not isinstance(manifest.ids, list) or not manifest.ids:
+        if not has_type(manifest.ids, list[str]) or not manifest.ids:
             raise InputError(f"{path} is not a readable fraction manifest: ids must be a list, got {manifest.ids!r}")
         if manifest.sha256 != replace(manifest, sha256="").sha256:
             raise InputError(f"{path} was changed after it was written: its sha256 does not match its contents")
@@ -293,7 +294,8 @@ def _ids_of_list(text: str, known: Iterable[str], path: str | os.PathLike) -> li
     """Return the ids that the lines of a published list refer to."""
     meant: dict[str, list[str]] = {}
     for identifier in known:
-        for key in {identifier, PurePosixPath(identifier).name}:
+        composed = unicodedata.normalize("NFC", identifier)
+        for key in {composed, PurePosixPath(composed).name}:
             meant.setdefault(key, []).append(identifier)
     ids: dict[str, None] = {}
     for number, line in enumerate(text.splitlines(), start=1):

@@ -33,9 +33,10 @@ def license_on_hub(dataset_name: str) -> str | None:
     from huggingface_hub import DatasetCard
 
     try:
-        return DatasetCard.load(dataset_name).data.get("license")
-    except (OSError, ValueError):  # there is no card, or no connection
+        license = DatasetCard.load(dataset_name).data.get("license")
+    except Exception:  # there is no card, no connection, or a header that is no YAML
         return None
+    return ", ".join(map(str, license)) if isinstance(license, list) else license and str(license)
 
 
 def revision_on_hub(dataset_name: str, split: Dataset | IterableDataset) -> str | None:

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ..errors import InputError
+from ..files import walk
 
-_IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
+_IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm")
+_IMAGE_SUFFIXES += (".tif", ".tiff", ".webp")
+# Pictures and arrays that are not read. Other files, like lists and notes, are no part of the data.
+_OTHER_SUFFIXES = (".avif", ".czi", ".dcm", ".dng", ".eps", ".exr", ".h5", ".hdr", ".heic", ".heif", ".ico", ".jp2")
+_OTHER_SUFFIXES += (".jxl", ".lif", ".mat", ".mha", ".mrc", ".nd2", ".nii", ".npy", ".npz", ".nrrd", ".pdf", ".psd")
+_OTHER_SUFFIXES += (".raw", ".svg", ".svs", ".tga", ".vsi", ".xcf", ".zarr")
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation", "dev", "eval"),
+    "test": ("test", "testing"),
+}
 _IMAGE_FOLDERS = ("images", "imgs", "image", "img")
 _MASK_FOLDERS = ("masks", "labels", "annotations", "mask")
 _MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_gt", "_L")  # after the image's name
@@ -31,20 +44,25 @@ class Layout:
 
     Attributes:
         name: name of the data set.
+        root: the folder, which may be inside the one that was given.
         splits: the records of `train`, and if available of `validation` and `test` (which has no masks).
         catalog_name: catalog entry with the class names, or None.
+        notes: sentences about images in the folder that are not used.
     """
 
     name: str
+    root: Path
     splits: dict[str, list[Record]]
     catalog_name: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_layout(root: str | Path) -> Layout:
     """Recognise the layout of a folder and list its images.
 
-    Known layouts are Cityscapes, Pascal VOC2012, ADE20K and CamVid (in SegNet's split) as downloaded. Any other folder
-    must hold images and masks of matching names, see [`read_folder`].
+    Known layouts are Cityscapes, Pascal VOC2012, ADE20K and CamVid (in SegNet's split) as downloaded. Images of other
+    names are other data, with classes of their own. Any other folder must hold images and masks of matching names, see
+    [`read_folder`].
 
     Raises:
         InputError: the folder does not exist, or an image, a mask or a list is missing or does not match.
@@ -52,10 +70,16 @@ def read_layout(root: str | Path) -> Layout:
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"{root} is not a folder")
-    for read, places, signature in _KNOWN:
+    for read, places, signature, names in _KNOWN:
         for place in places:
             if all((root / place / part).is_dir() for part in signature):
-                return read(root / place)
+                layout = read(root / place)
+                is_known = all(
+                    re.fullmatch(names, PurePosixPath(record.id).name)
+                    for split in ("train", "validation")
+                    for record in layout.splits.get(split, ())
+                )
+                return layout if is_known else replace(layout, name=root.resolve().name, catalog_name=None)
     return read_folder(root)
 
 
@@ -64,7 +88,7 @@ def read_layout(root: str | Path) -> Layout:
 
 def read_cityscapes(root: Path) -> Layout:
     """Read `leftImg8bit/SPLIT/CITY/*_leftImg8bit.png` and `gtFine/SPLIT/CITY/*_gtFine_labelIds.png`."""
-    splits = {}
+    splits, notes = {}, []
     for split, name in (("train", "train"), ("validation", "val"), ("test", "test")):
         folder = root / "leftImg8bit" / name
         if not folder.is_dir():
@@ -75,7 +99,11 @@ def read_cityscapes(root: Path) -> Layout:
             mask = root / "gtFine" / name / f"{stem}_gtFine_labelIds.png"
             records.append(Record(stem, image, None if split == "test" else _existing(mask, image)))
         splits[split] = records
-    return Layout("Cityscapes", _with_train(splits, root / "leftImg8bit" / "train"), "cityscapes")
+        if split != "test":
+            masks = _files_below(root / "gtFine" / name, ("_gtFine_labelIds.png",))
+            notes += _without_image(root / "gtFine" / name, len(masks) - len(records))
+    splits = _with_train(splits, root / "leftImg8bit" / "train")
+    return Layout("Cityscapes", root, splits, "cityscapes", tuple(notes))
 
 
 def read_voc2012(root: Path) -> Layout:
@@ -101,13 +129,15 @@ def read_voc2012(root: Path) -> Layout:
                 mask = with_sbd if with_sbd.is_file() else mask
             records.append(Record(identifier, image, None if split == "test" else _existing(mask, image)))
         splits[split] = records
-    return Layout(name, _with_train(splits, lists / "train.txt"), "voc2012")
+    listed = {record.id for records in splits.values() for record in records}
+    notes = _without_image(masks, sum(name not in listed for name in _files_below(masks)), "that are in no list")
+    return Layout(name, root, _with_train(splits, lists / "train.txt"), "voc2012", tuple(notes))
 
 
 def read_ade20k(root: Path) -> Layout:
     """Read `images/{training,validation}/*.jpg` and `annotations/{training,validation}/*.png`."""
     layout = read_folder(root)
-    return Layout("ADE20K", layout.splits, "ade20k")
+    return replace(layout, name="ADE20K", catalog_name="ade20k")
 
 
 def read_camvid(root: Path) -> Layout:
@@ -117,14 +147,25 @@ def read_camvid(root: Path) -> Layout:
         if (root / name).is_dir():
             masks = None if split == "test" else root / f"{name}annot"
             splits[split] = _pair(root / name, masks)
-    return Layout("CamVid", splits, "camvid")
+    return Layout("CamVid", root, splits, "camvid")
 
 
-_KNOWN: list[tuple[Callable[[Path], Layout], tuple[str, ...], tuple[str, ...]]] = [
-    (read_cityscapes, (".",), ("leftImg8bit", "gtFine")),
-    (read_voc2012, (".", "VOC2012", "VOCdevkit/VOC2012"), ("JPEGImages", "SegmentationClass")),
-    (read_ade20k, (".", "ADEChallengeData2016"), ("images/training", "annotations/training")),
-    (read_camvid, (".", "CamVid"), ("train", "trainannot")),
+# The function that reads a layout, where it may be in the folder, its subfolders, and the names of its images.
+_KNOWN: list[tuple[Callable[[Path], Layout], tuple[str, ...], tuple[str, ...], str]] = [
+    (read_cityscapes, (".",), ("leftImg8bit", "gtFine"), r"[\w-]+_\d{6}_\d{6}"),
+    (
+        read_voc2012,
+        (".", "VOC2012", "VOCdevkit/VOC2012"),
+        ("JPEGImages", "SegmentationClass"),
+        r"(19|20)\d\d_\d{6}",
+    ),
+    (
+        read_ade20k,
+        (".", "ADEChallengeData2016"),
+        ("images/training", "annotations/training"),
+        r"ADE_(train|val)_\d{8}",
+    ),
+    (read_camvid, (".", "CamVid"), ("train", "trainannot"), r"(0001TP|0006R0|0016E5|Seq05VD)_f?\d+"),
 ]
 
 
@@ -140,28 +181,53 @@ def read_folder(root: Path) -> Layout:
     `_gt` or `_L`, and any suffix. Masks of a `test` split are not read.
     """
     splits = {}
-    for split, names in _SPLITS.items():
-        found = next((pair for name in names if (pair := _find_pair(root, name)) is not None), None)
+    for split, names in SPLITS.items():
+        found = _find_pair(root, split, names)
         if found is not None:
             splits[split] = _pair(found[0], None if split == "test" else found[1])
-    if "train" not in splits and (flat := _find_pair(root, "")) is not None:
+    if "train" not in splits and (flat := _find_pair(root, "train", ("",))) is not None:
         splits["train"] = _pair(*flat)
     if "train" not in splits:
+        there = next(_images_below(root), None)
+        has = "has no images" if there is None else f"has images, like {there}, but not in a layout that is known"
         raise InputError(
-            f"{root} has no images. It must contain train/images and train/masks, images/train and masks/train, or "
-            "images and masks."
+            f"{root} {has}. It must contain train/images and train/masks, images/train and masks/train, or images and "
+            "masks."
         )
-    return Layout(root.resolve().name, splits)
+    return Layout(root.resolve().name, root, splits, notes=_unused(root, splits))
 
 
-def _find_pair(root: Path, split: str) -> tuple[Path, Path] | None:
-    """Return the folders of a split's images and masks. The folder of masks may not exist."""
-    for images in _IMAGE_FOLDERS:
-        for folder, other in (((root / split / images), (root / split)), (root / images / split, None)):
-            if folder.is_dir():
-                places = [(other / m) if other is not None else (root / m / split) for m in _MASK_FOLDERS]
-                return folder, next((place for place in places if place.is_dir()), places[0])
-    return None
+def _find_pair(root: Path, split: str, names: tuple[str, ...]) -> tuple[Path, Path] | None:
+    """Return the folders of a split's images and masks. The folder of masks may not exist.
+
+    Raises:
+        InputError: several folders may be the one.
+    """
+    found = {}
+    for name in names:
+        for images in _IMAGE_FOLDERS:
+            found[root / name / images] = [root / name / masks for masks in _MASK_FOLDERS]
+            found.setdefault(root / images / name, [root / masks / name for masks in _MASK_FOLDERS])
+    images = _only(f"images of the {split} split", [folder for folder in found if folder.is_dir()])
+    if images is None:
+        return None
+    masks = [folder for folder in found[images] if folder.is_dir()]
+    if len(masks) > 1:
+        masks = [folder for folder in masks if any(_images_below(folder))] or masks[:1]
+    return images, _only(f"masks of {images}", masks) or found[images][0]
+
+
+def _only(what: str, folders: list[Path]) -> Path | None:
+    if len(folders) > 1:
+        raise InputError(f"{folders[0]} and {folders[1]} may both hold the {what}. Rename or remove one of them.")
+    return folders[0] if folders else None
+
+
+def _unused(root: Path, splits: dict[str, list[Record]]) -> tuple[str, ...]:
+    """Say which folders below `root` have images that no split uses."""
+    used = {path for records in splits.values() for record in records for path in (record.image, record.labels)}
+    counts = Counter(path.parent for path in _images_below(root) if path not in used)
+    return tuple(f"{folder} has {number} images that are not used" for folder, number in sorted(counts.items()))
 
 
 def _pair(images: Path, masks: Path | None) -> list[Record]:
@@ -176,10 +242,13 @@ def _pair(images: Path, masks: Path | None) -> list[Record]:
     candidates = _files_below(masks)
     records = []
     for name, image in pictures.items():
-        found = next((name + ending for ending in _MASK_ENDINGS if name + ending in candidates), None)
-        if found is None:
-            raise InputError(f"{image} has no mask. Add {masks / name}.png.")
-        records.append(Record(name, image, candidates.pop(found)))
+        mask = next((candidates.pop(name + ending) for ending in _MASK_ENDINGS if name + ending in candidates), None)
+        records.append(Record(name, image, mask))
+    missing = next((record for record in records if record.labels is None), None)
+    if missing is not None:
+        is_alone = any(record.labels for record in records) or not candidates
+        hint = "" if is_alone else f" The masks there have other names, like {next(iter(candidates.values()))}."
+        raise InputError(f"{missing.image} has no mask. Add {masks / missing.id}.png.{hint}")
     for path in candidates.values():
         raise InputError(f"{path} has no image in {images}. Add the image, or remove the mask.")
     for record in records:
@@ -191,19 +260,49 @@ def _pair(images: Path, masks: Path | None) -> list[Record]:
 
 
 def _files_below(folder: Path, endings: tuple[str, ...] = _IMAGE_SUFFIXES) -> dict[str, Path]:
-    """List the images in a folder and its subfolders by their path without suffix, sorted."""
+    """List the images in a folder and its subfolders by their path without suffix, sorted.
+
+    Names are composed (NFC), because macOS decomposes the letters of file names.
+
+    Raises:
+        InputError: two images have the same name, or a picture has a format that is not read.
+    """
     found: dict[str, Path] = {}
-    for place, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            path = Path(place, name)
-            if name.startswith(".") or not name.lower().endswith(tuple(ending.lower() for ending in endings)):
-                continue
-            key = path.relative_to(folder).with_suffix("").as_posix()
-            if key in found:
-                raise InputError(f"{path} and {found[key]} have the same name. Rename or remove one of them.")
-            found[key] = path
+    for path in _walk(folder):
+        if path.name.lower().endswith(_OTHER_SUFFIXES):
+            raise InputError(
+                f"{path}: pictures of this format are not read. Save it in one of the formats "
+                f"{', '.join(ending[1:] for ending in _IMAGE_SUFFIXES)}, or remove it."
+            )
+        if not path.name.lower().endswith(tuple(ending.lower() for ending in endings)):
+            continue
+        key = unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
+        if key in found:
+            raise InputError(f"{found[key]} and {path} have the same name. Rename or remove one of them.")
+        found[key] = path
     return dict(sorted(found.items()))
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    return (path for path in _walk(folder) if path.name.lower().endswith(_IMAGE_SUFFIXES))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder and its subfolders, without hidden ones.
+
+    Raises:
+        InputError: a folder cannot be read, or a name is not UTF-8.
+    """
+    for place, files in walk(folder, onerror=_unreadable):
+        for name in sorted(files):
+            path = Path(place, name)
+            try:
+                str(path).encode()
+            except UnicodeEncodeError as error:
+                shown = str(path).encode(errors="backslashreplace").decode()
+                raise InputError(f"{shown}: the name is not UTF-8. Rename the file.") from error
+            if not name.startswith("."):
+                yield path
 
 
 def _unreadable(error: OSError) -> None:
@@ -212,7 +311,7 @@ def _unreadable(error: OSError) -> None:
 
 def _read_ids(path: Path) -> list[str]:
     try:
-        return [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
 
@@ -222,7 +321,12 @@ def _below(folder: Path, name: str, source: Path) -> Path:
     path = Path(os.path.normpath(folder / name))
     if not path.is_relative_to(os.path.normpath(folder)):
         raise InputError(f"{source}: {name!r} is outside of {folder}. Remove the line.")
-    return path
+    forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
+    return next((form for form in (path, *forms) if form.exists()), path)
+
+
+def _without_image(folder: Path, number: int, why: str = "without an image") -> list[str]:
+    return [f"{folder} has {number} masks {why}, which are not used"] if number else []
 
 
 def _existing(path: Path, wanted_by: Path) -> Path:

@@ -9,8 +9,8 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset
 
 from ..errors import InputError
-from .checking import check_labels, check_split, raise_first_problem
-from .classes import Classes, Color
+from .checking import check_labels, check_split, check_stream, raise_first_problem, refuse_empty
+from .classes import Classes, Color, Palettes
 from .columns import to_stream
 from .sources import find_source
 from .splitting import cut_fold, cut_validation, drop_leaks
@@ -31,6 +31,7 @@ class SegmentationData:
         license: licence of the data set, or None if it is unknown.
         revision: commit of the Hub repository `name`, or None if the data set is not from the Hub.
         skipped: `SPLIT/ID` of each sample that `skip_bad_samples` left out, to the reason.
+        notes: sentences about images that are there and not used.
     """
 
     train: Dataset
@@ -42,6 +43,7 @@ class SegmentationData:
     license: str | None = None
     revision: str | None = None
     skipped: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def load_segmentation_dataset(
@@ -88,21 +90,25 @@ def load_segmentation_dataset(
     Raises:
         InputError: an input is missing or invalid. The message names the file, the value and the remedy. Every image
             is decoded, every mask must have the size of its image and known values, no validation image may also be a
-            training image, and the training images must have labels of at least two classes.
+            training image, the training images must have labels of at least two classes, and the validation images
+            must have labels.
     """
     names = (id2label, palette, tuple(void_labels))
     source = find_source(dataset_name, dataset_dir, dataset_config, (image_column, label_column), names)
     test = source.splits.get("test")
-    splits, problems = {}, {}
+    splits, problems, palettes = {}, {}, Palettes()
     for split in ("train", "validation"):
         if split in source.splits:
             splits[split], found = check_split(
                 source.splits[split],
                 source.classes,
+                palettes,
                 fingerprint=source.fingerprints.get(split),
                 num_proc=num_proc,
             )
             problems |= {f"{split}/{id}": problem for id, problem in found.items()}
+            if skip_bad_samples:
+                refuse_empty(splits[split], split, found)
     if not skip_bad_samples:
         raise_first_problem(problems)
     train, validation = splits["train"], splits.get("validation")
@@ -113,9 +119,9 @@ def load_segmentation_dataset(
     train, leaked = drop_leaks(train, validation)
     if not skip_bad_samples:
         raise_first_problem(leaked)
-    check_labels(train, source.classes)
-    if len(validation) == 0:
-        raise InputError("the validation split contains no valid images")
+    refuse_empty(train, "train", leaked)
+    check_labels(train, source.classes, "training", is_training=True)
+    check_labels(validation, source.classes, "validation", is_training=False)
     return SegmentationData(
         train,
         validation,
@@ -126,6 +132,7 @@ def load_segmentation_dataset(
         license=source.classes.license,
         revision=source.revision,
         skipped=problems | leaked,
+        notes=source.notes,
     )
 
 
@@ -138,7 +145,7 @@ class SegmentationStream:
             not been checked.
         classes: meaning of the mask values.
         name: name of the source.
-        revision: as in [`SegmentationData`].
+        revision, notes: as in [`SegmentationData`].
         has_ids: whether the data set has ids of its own, which are the same with and without streaming.
     """
 
@@ -148,6 +155,7 @@ class SegmentationStream:
     name: str
     revision: str | None = None
     has_ids: bool = True
+    notes: tuple[str, ...] = ()
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -172,14 +180,20 @@ def stream_segmentation_dataset(
     id2label: str | Path | dict[int, str] | None = None,
     palette: str | Path | None = None,
     void_labels: Iterable[int] = (),
+    skip_bad_samples: bool = False,
 ) -> SegmentationStream:
     """Open a data set that does not fit on the disk, or that is too large to check before training.
 
+    Its first images are read: as many as are needed to see labels of two classes in the training split, and labels in
+    the validation split. All others are checked when they are read.
+
     Args:
         dataset_name, ...: as in [`load_segmentation_dataset`].
+        skip_bad_samples: skip samples that fail a check among the first images.
 
     Raises:
-        InputError: an input is missing, or the data set has no validation split.
+        InputError: an input is missing, the data set has no validation split, a sample fails a check, or the first
+            1000 images of a split do not show enough labels.
     """
     names = (id2label, palette, tuple(void_labels))
     columns = (image_column, label_column)
@@ -190,10 +204,13 @@ def stream_segmentation_dataset(
             "the data set without streaming."
         )
     streams = {split: to_stream(source.splits[split]) for split in ("train", "validation")}
+    check_stream(streams["train"], source.classes, "training", True, skip_bad_samples)
+    check_stream(streams["validation"], source.classes, "validation", False, skip_bad_samples)
     return SegmentationStream(
         **streams,
         classes=source.classes,
         name=source.name,
         revision=source.revision,
         has_ids=source.has_ids,
+        notes=source.notes,
     )

@@ -15,6 +15,12 @@ from .columns import FEATURES, find_columns, fingerprint_of_split, open_splits, 
 from .hub_facts import license_on_hub, names_on_hub, revision_on_hub
 from .layouts import read_layout, to_columns
 
+_PALETTES = ("palette.json", "labelmap.txt")
+_READ = ("id2label.json", *_PALETTES)
+# Files in which a folder names its classes: those that are read, then those of other programs.
+_NAMES_OF_CLASSES = (*_READ, "class_names.txt", "classes.txt", "labels.txt", "obj.names", "_classes.csv")
+_NAMES_OF_CLASSES += ("class_dict.csv", "data.yaml")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -27,6 +33,7 @@ class Source:
         fingerprints: for each split, a string that changes when the contents of the split change.
         revision: commit of the Hub repository, or None.
         has_ids: whether the images have names of their own, not only positions.
+        notes: sentences about images that are there and not used.
     """
 
     name: str
@@ -35,6 +42,7 @@ class Source:
     fingerprints: dict[str, str] = field(default_factory=dict)
     revision: str | None = None
     has_ids: bool = True
+    notes: tuple[str, ...] = ()
 
 
 def find_source(dataset_name, dataset_dir, dataset_config, columns, names, streaming: bool = False) -> Source:
@@ -77,18 +85,19 @@ def _read_folder(folder: Path, id2label, palette, void_labels: tuple[int, ...]) 
         if split != "test":
             fingerprints[split] = fingerprint_of_files([*columns["image"], *columns["labels"]])
     # Other data is often kept in the structure of a known data set, with class names of its own.
-    is_own = any((folder / name).is_file() for name in ("palette.json", "id2label.json"))
-    if palette is None and id2label is None and layout.catalog_name is not None and not is_own:
-        classes = Classes.known(layout.catalog_name, void_labels)
+    is_own = layout.catalog_name is None or any((layout.root / name).is_file() for name in _NAMES_OF_CLASSES)
+    if is_own or palette is not None or id2label is not None:
+        classes = _read_classes(id2label, palette, layout.root, void_labels)
     else:
-        classes = _read_classes(id2label, palette, folder, void_labels)
-    return Source(folder.resolve().name if is_own else layout.name, splits, classes, fingerprints)
+        classes = Classes.known(layout.catalog_name, void_labels)
+    name = folder.resolve().name if is_own else layout.name
+    return Source(name, splits, classes, fingerprints, notes=layout.notes)
 
 
 def _read_columns(
     name: str, config: str | None, columns: tuple[str | None, str | None], id2label, palette, void_labels, streaming
 ) -> Source:
-    loaded = open_splits(name, config, streaming)
+    loaded, notes = open_splits(name, config, streaming)
     image_column, label_column = find_columns(loaded, *columns)
     is_folder = Path(name).is_dir()
     folder = Path(name) if is_folder else Path(name).parent if Path(name).is_file() else None
@@ -109,15 +118,29 @@ def _read_columns(
         fingerprints,
         revision,
         has_ids="id" in loaded["train"].features,
+        notes=notes,
     )
 
 
 def _read_classes(id2label, palette, folder: Path, void_labels: tuple[int, ...]) -> Classes:
-    """Read the classes from the arguments, or else from the files in the folder."""
-    if palette is None and id2label is None and (folder / "palette.json").is_file():
-        palette = folder / "palette.json"
+    """Read the classes from the arguments, or else from the file in the folder that names them.
+
+    Raises:
+        InputError: the classes are not named, are named twice, or only in a file of another program.
+    """
+    if palette is None and id2label is None:
+        found = [folder / name for name in _NAMES_OF_CLASSES if (folder / name).is_file()]
+        if len(found) > 1 and found[1].name in _READ:
+            raise InputError(
+                f"{found[0]} and {found[1]} both name the classes. Keep the one that says how to read the masks."
+            )
+        id2label = found[0] if found else folder / "id2label.json"
+        if id2label.name in _PALETTES:
+            id2label, palette = None, id2label
+        elif id2label.name not in _READ:
+            raise InputError(f"{id2label} is not read. Name the classes in {folder / 'id2label.json'} instead.")
     if palette is None:
-        return Classes.from_names(id2label or folder / "id2label.json", void_labels)
+        return Classes.from_names(id2label, void_labels)
     if id2label is not None or void_labels:
         raise InputError(
             f"{palette}: a palette file cannot be combined with id2label or void_labels, because it names the classes "

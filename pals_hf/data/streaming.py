@@ -12,14 +12,17 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
+from transformers.utils import logging
 
 from ..errors import InputError
 from .checking import read_pair
-from .classes import IGNORE_INDEX, Classes
+from .classes import IGNORE_INDEX, Classes, Palettes
 from .transforms import ID, seeded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+logger = logging.get_logger(__name__)
 
 SHUFFLE_BUFFER = 256  # encoded images
 
@@ -60,6 +63,8 @@ class StreamedDataset(IterableDataset):
         self.classes, self.transform, self.seed = classes, transform, seed
         self.ids = None if ids is None else frozenset(ids)
         self.skip_bad_samples = skip_bad_samples
+        self.palettes = Palettes()
+        self._skipped: set[str] = set()  # the ids of the skipped samples that were named
         self.multiple_of = 1
         # In shared memory, so that persistent workers see a change of the epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -102,19 +107,27 @@ class StreamedDataset(IterableDataset):
             if self.skip_bad_samples:
                 try:
                     read_pair(row, self.classes)
-                except InputError:
+                except InputError as error:
+                    self._report_once(row["id"], error)
                     continue
             yield row
         if missing and get_worker_info() is None:  # a worker sees only a part of the stream
             number = f"{len(missing)} of {len(self.ids)}"
             raise InputError(f"{number} selected images are not in the stream, e.g. {min(missing)!r}")
 
+    def _report_once(self, identifier: str, problem: InputError) -> None:
+        """Name a skipped sample, in the first epoch. With workers, each worker names those of its part."""
+        if identifier not in self._skipped:
+            self._skipped.add(identifier)
+            logger.warning("skipped %s: %s", identifier, problem)
+
     def load(self, row: dict[str, Any], epoch: int, is_filler: bool) -> dict[str, Tensor | str]:
         """Decode, check and transform one example."""
-        image, labels, _ = read_pair(row, self.classes)
-        labels = PILImage.fromarray(np.full_like(labels, IGNORE_INDEX) if is_filler else labels)
+        pair = read_pair(row, self.classes)
+        self.palettes.add(pair.mask_name, pair.colors)
+        labels = PILImage.fromarray(np.full_like(pair.labels, IGNORE_INDEX) if is_filler else pair.labels)
         with seeded(self.seed, epoch, row["id"]):
-            return {**self.transform(image, labels), ID: row["id"]}
+            return {**self.transform(pair.image, labels), ID: row["id"]}
 
 
 class PendingExample:

@@ -223,6 +223,47 @@ def test_a_turned_image_is_turned_upright(tmp_path):
     assert (image.size, nothing) == ((40, 60), None)
 
 
+def test_large_images_are_shrunk_and_larger_ones_refused(models, tmp_path):
+    client = pytest.importorskip("gradio_client")
+    sizes = {"large": (3000, 2000), "strip": (4_000_000, 1), "bomb": (20000, 9000), "larger": (8000, 8000)}
+    for name, size in sizes.items():
+        Image.new("1", size).save(tmp_path / f"{name}.png")
+    large, _ = demo_page.read_upload(str(tmp_path / "large.png"))
+    assert 0.99 * demo_page.SHRUNK_TO < large.width * large.height <= demo_page.SHRUNK_TO
+    assert large.width / large.height == pytest.approx(1.5, rel=0.01)
+    assert demo_page.read_upload(str(tmp_path / "strip.png"))[0].size == (4000, 1)
+    assert demo_page.read_upload(str(tmp_path / "bomb.png")) == (None, None)
+    blocks = demo_page.build_demo({"ce": str(models / "ce")})
+    with launched(blocks) as address:
+        config = urllib.request.urlopen(f"{address}config").read().decode()
+        assert "more than 2 megapixels, or a side of more than 4000 pixels, are shrunk" in config
+        assert "more than 50 megapixels are refused" in config
+        page = client.Client(address, verbose=False, analytics_enabled=False)
+
+        def show(name):
+            file = client.handle_file(str(tmp_path / f"{name}.png"))
+            return page.predict(file, "ce", demo_page.NONE, api_name="/show")
+
+        shown = show("large")[2]["value"]
+        assert Image.open(shown["path"] if isinstance(shown, dict) else shown).height == large.height
+        with pytest.raises(Exception, match=r"larger\.png .* 8000x8000 pixels, but at most 50 megapixels"):
+            show("larger")
+        with pytest.raises(client.exceptions.AppError):
+            show("bomb")
+        assert blocks.upload_file_set
+    assert not any(Path(file).exists() for file in blocks.upload_file_set)
+
+
+def test_the_end_of_the_server_deletes_the_uploads(models, tmp_path):
+    client = pytest.importorskip("gradio_client")
+    patches(60, 40).save(tmp_path / "street.png")
+    with serving(tmp_path, "--models", f"ce={models / 'ce'}") as address:
+        page = client.Client(address, verbose=False, analytics_enabled=False)
+        page.predict(client.handle_file(str(tmp_path / "street.png")), "ce", demo_page.NONE, api_name="/show")
+        assert any(path.name == "street.png" for path in (tmp_path / "gradio").rglob("*"))
+    assert not any(path.name == "street.png" for path in (tmp_path / "gradio").rglob("*"))
+
+
 def test_models_are_named_or_their_own_name(monkeypatch):
     given = ["PALS=me/pals", " runs/ce ", "", "a b=/x=y"]
     expected = {"PALS": "me/pals", "runs/ce": "runs/ce", "a b": "/x=y"}

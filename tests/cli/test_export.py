@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES
 from launching import call
+from test_checkpoints import files_of_at_most
 from torch import nn
 from trained import patches, save_checkpoint
 from transformers.modeling_outputs import SemanticSegmenterOutput
@@ -108,6 +109,15 @@ def test_a_file_that_computes_other_logits_is_not_kept(tmp_path):
     file.write_text("an older one")
     with pytest.raises(InputError, match="Small cannot be exported: at 32x48: largest difference"):
         export.export(Small(factor=1.001), torch.randn(1, 3, 32, 48), file)
+    assert file.read_text() == "an older one"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_full_disk_keeps_the_older_file(tmp_path):
+    file = tmp_path / "m.onnx"
+    file.write_text("an older one")
+    with files_of_at_most(500), pytest.raises(InputError, match=r"m\.onnx cannot be written: "):
+        export.export(Small(), torch.randn(1, 3, 32, 48), file)
     assert file.read_text() == "an older one"
     assert list(tmp_path.iterdir()) == [file]
 

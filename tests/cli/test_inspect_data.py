@@ -55,6 +55,27 @@ def test_a_flawed_data_set(flawed, tmp_path):
     assert Image.open(output / "inspection.png").width > 200
 
 
+def test_dark_images_are_no_flaw(folder, tmp_path):
+    """A few bright spots on black, as microscopes see them."""
+    for path in (folder / "train" / "images").iterdir():
+        dark = np.zeros((32, 48, 3), dtype=np.uint8)
+        dark[10:12, 20:22] = 20
+        dark[0, 0] = int(path.stem[-1])  # no two are the same
+        Image.fromarray(dark).save(path, format="png")
+    result = inspect(folder, tmp_path / "report", "--void_labels", RAW_VOID)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "report" / "inspection.json").read_text())["near_constant"]["train"] == []
+
+
+def test_masks_that_are_all_wrong(folder, tmp_path):
+    for path in (folder / "train" / "masks").iterdir():
+        Image.open(path).convert("RGB").save(path)
+    result = inspect(folder, tmp_path / "report", "--void_labels", RAW_VOID)
+    assert result.returncode == 2
+    assert "8 samples failed a check" in result.stderr
+    assert "mode RGB" in result.stderr
+
+
 def test_a_sound_one_and_its_fractions(tmp_path):
     """One class is in one image only. A random tenth misses it, and a balanced one does not."""
     root = tmp_path / "set"

@@ -11,8 +11,9 @@ import hub
 import numpy as np
 import pytest
 import torch
-from launching import call
+from launching import call, time_limit
 from PIL import Image
+from test_checkpoints import files_of_at_most
 from trained import NAMES, patches, save_checkpoint
 from transformers import pipeline
 
@@ -258,6 +259,83 @@ def test_an_old_report_does_not_name_files_elsewhere(model, tmp_path):
     patches(40, 30).save(tmp_path / "street.png")
     assert run(tmp_path / "street.png", "--model", model, "--output_dir", output, "--overwrite").returncode == 0
     assert (tmp_path / "precious.png").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        *([], 1, [1], [{"files": []}], [{"files": {"a": 5}}], [{"files": {"a": "keep.txt"}}]),
+        [
+            {
+                "files": {
+                    "a": "link_mask.png",
+                    "b": "folder/../keep_mask.txt",
+                    "c": "folder_mask.png",
+                    "d": "a\0_mask.png",
+                }
+            }
+        ],
+        [{"files": {"a": "../keep_mask.png", "b": "elsewhere/keep_mask.png"}}],
+    ],
+)
+def test_a_report_of_somebody_else_deletes_nothing(images, tmp_path):
+    output = tmp_path / "out"
+    (output / "folder_mask.png").mkdir(parents=True)
+    for kept in (output / "keep.txt", tmp_path / "keep_mask.png"):
+        kept.touch()
+    (output / "link_mask.png").symlink_to(tmp_path / "keep_mask.png")
+    (output / "elsewhere").symlink_to(tmp_path)
+    before = files_below(tmp_path)
+    (output / "predictions.json").write_text(json.dumps({"images": images}))
+    predict.prepare_output_dir(output)
+    assert files_below(tmp_path) == before
+    (output / "predictions.json").write_text("[" * 100_000)
+    predict.prepare_output_dir(output)
+    assert files_below(tmp_path) == before
+
+
+def test_links_in_a_circle_are_followed_once(tmp_path):
+    photos, real = tmp_path / "photos", tmp_path / "real"
+    for place in (photos, real):
+        place.mkdir()
+        patches(40, 30).save(place / "street.png")
+    for name in ("one", "two"):
+        (photos / name).symlink_to(".")
+    (photos / "other").symlink_to(real)
+    (real / "back").symlink_to(photos)
+    with time_limit(60):
+        _, files = predict.find_files(photos, tmp_path / "out")
+    assert files == [photos / "other" / "street.png", photos / "street.png"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "dangling"])
+def test_what_is_no_file_ends_in_one_line(kind, model, tmp_path):
+    path = tmp_path / "photos" / "street.png"
+    path.parent.mkdir()
+    {
+        "pipe": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "dangling": lambda: path.symlink_to("nothing"),
+    }[kind]()
+    with time_limit(60):
+        result = run(path.parent, "--model", model, "--output_dir", tmp_path / "out")
+    assert result.returncode == 2
+    reason = "No such file" if kind == "dangling" else "street.png is not a regular file"
+    assert f"error: {path} is not a readable image: " in result.stderr
+    assert reason in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_no_part_of_a_picture(model, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)).save(tmp_path / "s.png")
+    with files_of_at_most(4000):
+        result = run(tmp_path / "s.png", "--model", model, "--output_dir", tmp_path / "out")
+    assert result.returncode == 2
+    assert (
+        result.stderr.splitlines()[-1]
+        == f"error: {tmp_path / 'out' / 's_overlay.png'} cannot be written: File too large"
+    )
+    assert files_below(tmp_path / "out") == []
 
 
 def test_wrong_input_ends_in_one_line_before_anything_is_written(model, photos, tmp_path):

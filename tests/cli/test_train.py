@@ -17,6 +17,7 @@ import yaml
 from conftest import RAW_VOID, tiny_mobilenet_v2, tiny_segformer
 from launching import launch
 from PIL import Image
+from test_checkpoints import files_of_at_most
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForSemanticSegmentation, pipeline
 
@@ -247,6 +248,18 @@ class TestFolder:
         assert (args.void_labels, args.overwrite) == ([7], True)
         assert config.max_steps == 2  # the command line wins
 
+    def test_random_weights_learn_at_a_rate_of_their_own(self, folder, tmp_path):
+        def rate(*flags):
+            return train.parse_arguments(on_folder(folder, tmp_path, *flags), TrainArguments)[1].learning_rate
+
+        model = ["--model_name_or_path", "some/model"]
+        assert rate() == rate(*model, "--from_scratch") == 2e-3
+        assert rate(*model) == 2e-4
+        assert rate("--learning_rate", "1e-4") == 1e-4
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("learning_rate: 3e-4")
+        assert rate("--recip", str(recipe)) == 3e-4
+
     def test_config_fields_are_flags(self, folder, tmp_path):
         arguments = on_folder(folder, tmp_path, "--preset", "paper", "--freeze_batch_norm", "True")
         arguments += ["--affinity", '{"tau": 0.2}', "--lr_scheduler_kwargs", '{"power": 2.0}']
@@ -390,6 +403,49 @@ class TestTwoProcesses:
             assert streamed[name] == loaded[name]
 
 
+class TestClassesOfACheckpoint:
+    """They are matched to those of the data by name."""
+
+    def test_in_another_order(self, folder, tmp_path):
+        """The same images, with masks that number the same classes otherwise."""
+        train.main(on_folder(folder, tmp_path / "trained", *SHORT))
+        score = ["--eval_only", "--model_name_or_path", str(tmp_path / "trained"), "--disable_tqdm", "True"]
+        train.main(on_folder(folder, tmp_path / "before", *score))
+        names = json.loads((folder / "id2label.json").read_text())
+        number = np.arange(256, dtype=np.uint8)
+        number[:4] = [2, 0, 3, 1]
+        changed = {int(number[int(value)]): name for value, name in names.items()}
+        (folder / "id2label.json").write_text(json.dumps(changed))
+        for path in folder.glob("*/masks/*.png"):
+            Image.fromarray(number[np.array(Image.open(path))]).save(path)
+        train.main(on_folder(folder, tmp_path / "after", *score))
+        before, after = (read(tmp_path / name / "eval_results.json") for name in ("before", "after"))
+        order = [1, 3, 0, 2]
+        assert after["eval_per_category_iou"] == [before["eval_per_category_iou"][index] for index in order]
+        assert after["eval_overall_accuracy"] == before["eval_overall_accuracy"]
+
+    def test_of_other_names(self, folder, tmp_path, capsys):
+        train.main(on_folder(folder, tmp_path / "trained", *SHORT))
+        (folder / "id2label.json").write_text(json.dumps(["ground", "wall", "sky", "bus"]))
+        score = ["--eval_only", "--model_name_or_path", str(tmp_path / "trained")]
+        with pytest.raises(SystemExit):
+            train.main(on_folder(folder, tmp_path / "scored", *score))
+        message = capsys.readouterr().err
+        assert "predicts the classes 0: ground, 1: wall, 2: sky, 3: car, but the data set has 0: ground" in message
+        assert not (tmp_path / "scored").exists()
+
+
+def test_says_what_of_the_data_is_not_used(folder, tmp_path, capsys):
+    shutil.copytree(folder / "val", folder / "more")
+    path = folder / "train" / "masks" / "street 0.png"
+    Image.fromarray(np.minimum(np.array(Image.open(path)), 1)).save(path)
+    (tmp_path / "list.txt").write_text("street 0")
+    train.main(on_folder(folder, tmp_path / "run", "--train_manifest", str(tmp_path / "list.txt"), *SHORT))
+    message = capsys.readouterr().err
+    assert f"note: {folder / 'more' / 'images'} has 5 images that are not used" in message
+    assert "note: no training image shows sky, car" in message
+
+
 class TestWrongInput:
     """One line that names what is wrong, exit code 2, no traceback, nothing written."""
 
@@ -459,6 +515,13 @@ class TestWrongInput:
     def test_flags(self, fails, extra, parts):
         fails(*parts, extra=extra)
 
+    def test_chosen_images_of_one_class(self, fails, folder):
+        path = folder / "train" / "masks" / "street 0.png"
+        Image.fromarray(np.zeros((32, 48), dtype=np.uint8)).save(path)
+        (folder / "list.txt").write_text("street 0")
+        parts = ["the 1 chosen training images have labels of the class 'ground' only", "Choose more images"]
+        fails(*parts, extra=["--train_manifest", str(folder / "list.txt")])
+
     def test_image_without_mask(self, fails, folder):
         (folder / "train" / "masks" / "street 1.png").unlink()
         fails(folder / "train" / "images" / "street 1.jpg", "has no mask")
@@ -498,6 +561,27 @@ class TestWrongInput:
         (output / "checkpoint-2" / "scheduler.pt").unlink()
         train.main([*start, "--resume_from_checkpoint", "last"])
         assert read(output / "trainer_state.json")["global_step"] == 2
+
+    def test_a_disk_that_is_full_at_the_end(self, folder, tmp_path, capsys):
+        start = [*on_folder(folder, tmp_path / "run"), *SHORT, "--save_strategy", "no", "--max_steps", "1"]
+        with files_of_at_most(1_000_000), pytest.raises(SystemExit) as stop:
+            train.main(start)
+        assert stop.value.code == 1
+        assert "error: a file of the run cannot be read or written: " in capsys.readouterr().err
+        assert not (tmp_path / "run" / "model.safetensors").exists()
+
+    def test_a_damaged_checkpoint_is_found_before_others_are_deleted(self, folder, tmp_path, capsys):
+        output = tmp_path / "run"
+        start = [*on_folder(folder, output), *SHORT, "--save_steps", "1"]
+        train.main(start)
+        for step, name in ((2, "optimizer.pt"), (1, "rng_state.pth")):
+            checkpoint = output / f"checkpoint-{step}"
+            (checkpoint / name).write_bytes(b"damaged")
+            with pytest.raises(SystemExit) as stop:
+                train.main([*start, "--resume_from_checkpoint", str(checkpoint), "--overwrite"])
+            assert stop.value.code == 2
+            assert f"error: checkpoint {checkpoint} cannot be loaded: {name}: " in capsys.readouterr().err
+            assert (output / "checkpoint-2" / "model.safetensors").exists()
 
     def test_output_folder_that_holds_a_run(self, fails, tmp_path):
         (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)

@@ -1,6 +1,9 @@
 """Images and masks of every kind, and the cache of the checks."""
 
+import contextlib
 import errno
+import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -8,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import RAW_VOID, load_folder, rewrite_mask
+from launching import time_limit
 from PIL import Image as PILImage
 from PIL import ImageOps
 
@@ -74,6 +78,92 @@ def test_an_image_of_more_than_8_bits(folder, kind, dtype):
     path = folder / "train" / "images" / "street 0.jpg"
     PILImage.fromarray(np.zeros((32, 48), dtype=dtype)).save(path, format=kind)
     with pytest.raises(InputError, match=r"street 0\.jpg: images with more than 8 bits per channel"):
+        load_folder(folder)
+
+
+def tiff(values, photometric=1, bits=None):
+    """An uncompressed big-endian grey TIFF, which PIL does not write."""
+    height, width = values.shape
+    data = values.astype(values.dtype.newbyteorder(">")).tobytes()
+    bits = bits or values.itemsize * 8
+    short = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 277: 1, 278: height}
+    entries = [struct.pack(">HHIHH", tag, 3, 1, value, 0) for tag, value in short.items()]
+    entries += [struct.pack(">HHII", tag, 4, 1, value) for tag, value in ((273, 8), (279, len(data)))]
+    entries.sort()
+    directory = struct.pack(">H", len(entries)) + b"".join(entries) + struct.pack(">I", 0)
+    return b"MM\0*" + struct.pack(">I", 8 + len(data)) + data + directory
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_masks_as_big_endian_tiff(folder, bits):
+    """PIL stretches 4 bits to 0..255, and has a mode of its own for 16 bits."""
+    path = folder / "train" / "masks" / "street 0.png"
+    raw = np.array(PILImage.open(path))
+    packed = raw[:, ::2] << 4 | raw[:, 1::2] if bits == 4 else raw.astype(f"u{bits // 8}")
+    content = tiff(packed, bits=bits)
+    if bits == 4:
+        content = content.replace(struct.pack(">HHIHH", 256, 3, 1, 24, 0), struct.pack(">HHIHH", 256, 3, 1, 48, 0))
+    path.unlink()
+    path.with_suffix(".tif").write_bytes(content)
+    assert np.array_equal(np.array(load_folder(folder).train[0]["labels"]), np.where(raw == RAW_VOID, 255, raw))
+
+
+def test_a_mask_that_stores_white_as_zero(folder):
+    """ImageJ's inverting lookup table: PIL turns the values around, other programs do not."""
+    path = folder / "train" / "masks" / "street 0.png"
+    path.write_bytes(tiff(np.array(PILImage.open(path)), photometric=0))
+    with pytest.raises(InputError, match=r"street 0\.png: this TIFF stores white as zero"):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("images", "jpg"), ("masks", "png")])
+def test_a_file_of_several_pages(folder, kind, suffix):
+    path = folder / "train" / kind / f"street 0.{suffix}"
+    picture = PILImage.open(path)
+    picture.load()
+    picture.save(path, format="tiff", save_all=True, append_images=[picture, picture])
+    with pytest.raises(InputError, match=rf"street 0\.{suffix} has 3 pages or frames, but must have one"):
+        load_folder(folder)
+
+
+def test_smaller_copies_of_a_page_do_not_count(folder):
+    """Overviews, as GDAL adds them."""
+    path = folder / "train" / "images" / "street 0.jpg"
+    picture = PILImage.open(path)
+    small = picture.resize((24, 16))
+    small.encoderinfo = {"tiffinfo": {254: 1}}
+    picture.save(path, format="tiff", save_all=True, append_images=[small])
+    assert load_folder(folder).train[0]["image"].size == (48, 32)
+
+
+def test_palettes_that_differ_between_the_masks(folder):
+    """Whether in one split or in two."""
+    for split, name, colors in (("train", "street 1", (0, 0, 255)), ("val", "alley-1", (255, 0, 0))):
+        path = folder / split / "masks" / f"{name}.png"
+        mask = PILImage.open(path)
+        mask.putpalette([0, 0, 0, *colors, *range(40, 240)])
+        mask.save(path)
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(
+            InputError, match=r"alley-1\.png shows the value 1 in the colour \(255, 0, 0\), but .*street 1"
+        ):
+            load_folder(folder)
+
+
+def test_an_image_of_16_bits_per_colour(folder):
+    """PIL keeps the upper 8 bits of a colour PNG, which are nothing but zeros in a dark picture of 12 bits."""
+    path = folder / "train" / "images" / "street 0.jpg"
+    lines = b"".join(b"\0" + bytes(48 * 6) for _ in range(32))
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 48, 32, 16, 2, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    with pytest.raises(
+        InputError, match=r"street 0\.jpg: images with more than 8 bits per channel \(16 bits, mode RGB"
+    ):
         load_folder(folder)
 
 
@@ -164,3 +254,36 @@ def test_a_cache_folder_of_somebody_else(tmp_path, monkeypatch):
     folder.rmdir()
     folder.symlink_to("/proc")  # where root cannot write either
     assert checking.cache_file("contents") is None
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_what_is_no_file_ends_in_one_line(kind, folder):
+    path = sorted((folder / "train" / kind).iterdir())[0]
+    for replace in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        path.unlink()
+        replace(path)
+        with (
+            time_limit(60),
+            pytest.raises(InputError, match=f"{path.name} is not a readable image: .*not a regular file"),
+        ):
+            load_folder(folder)
+
+
+def test_damage_of_any_kind_ends_in_one_line():
+    """Decoders raise `struct.error`, `EOFError` and others for damaged bytes."""
+    generator, mask, turned = np.random.default_rng(0), io.BytesIO(), PILImage.Exif()
+    PILImage.new("L", (60, 40)).save(mask, "png")
+    turned[0x0112] = 6
+    classes = checking.Classes.from_names({0: "sky", 1: "road"})
+    for form in ("png", "jpeg", "tiff", "webp", "gif", "bmp"):
+        whole = io.BytesIO()
+        PILImage.effect_noise((60, 40), 50).convert("RGB").save(whole, form, exif=turned)
+        for _ in range(60):
+            content = bytearray(whole.getvalue())
+            for place in generator.integers(0, min(len(content), 400), 3):
+                content[place] = generator.integers(0, 256)
+            row = {"image": bytes(content), "labels": mask.getvalue()}
+            with contextlib.suppress(InputError):
+                checking.read_pair(
+                    {"id": "a"} | {name: {"bytes": b, "path": None} for name, b in row.items()}, classes
+                )

@@ -101,3 +101,34 @@ def test_no_class_names(saved):
     (saved / "id2label.json").unlink()
     with pytest.raises(InputError, match=r"id2label\.json is missing"):
         load_segmentation_dataset(str(saved), image_column="photo")
+
+
+@pytest.mark.parametrize("name", ["valid", "dev", "eval", "Validation"])
+def test_other_names_of_the_validation_split(saved, tmp_path, name):
+    splits = load_from_disk(saved)
+    splits = DatasetDict({"train": splits["train"], name: splits["val"], "extra": splits["val"]})
+    splits.save_to_disk(tmp_path / "other")
+    options = {"image_column": "photo", "id2label": saved / "id2label.json", "void_labels": [RAW_VOID]}
+    data = load_segmentation_dataset(str(tmp_path / "other"), **options)
+    assert (len(data.train), len(data.validation)) == (8, 5)
+    (note,) = data.notes
+    assert note.startswith(f"the split 'extra' of {tmp_path / 'other'} is not used")
+
+
+def test_a_test_split_is_not_for_scores(saved, tmp_path):
+    splits = load_from_disk(saved)
+    DatasetDict({"train": splits["train"], "test": splits["val"]}).save_to_disk(tmp_path / "other")
+    options = {"image_column": "photo", "id2label": saved / "id2label.json", "void_labels": [RAW_VOID]}
+    data = load_segmentation_dataset(str(tmp_path / "other"), **options)
+    assert (len(data.train), len(data.validation)) == (6, 2)
+    assert "the split 'test' of" in data.notes[0]
+
+
+def test_a_row_without_a_mask(saved, tmp_path):
+    rows = load_from_disk(saved)["train"].to_list()
+    rows[3]["annotation"] = None
+    features = Features({"photo": Image(), "annotation": Image(), "place": Value("string")})
+    Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "other")
+    options = {"image_column": "photo", "id2label": saved / "id2label.json", "void_labels": [RAW_VOID]}
+    with pytest.raises(InputError, match="labels of train-000003 is missing"):
+        load_segmentation_dataset(str(tmp_path / "other"), **options)

@@ -94,7 +94,8 @@ def test_manifest_of_another_data_set(dataset):
 
 
 @pytest.mark.parametrize(
-    "content", [None, "not json", "[1, 2]", '{"fraction": 1}', *(MANIFEST % ids for ids in ("[]", "5"))]
+    "content",
+    [None, "not json", "[1, 2]", '{"fraction": 1}', *(MANIFEST % ids for ids in ("[]", "5", "[[1]]", "[" * 50_000))],
 )
 def test_unreadable_manifest(tmp_path, content):
     path = tmp_path / "manifest.json"

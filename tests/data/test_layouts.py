@@ -1,14 +1,17 @@
 """Data sets as people download them, from fixtures in their exact layout."""
 
 import json
+import os
 import shutil
 
 import data_sets
 import numpy as np
 import pytest
+from launching import time_limit
 from PIL import Image as PILImage
 
 from pals_hf import load_segmentation_dataset
+from pals_hf.data.layouts import read_layout
 from pals_hf.errors import InputError
 
 
@@ -227,6 +230,147 @@ class TestAnyFolder:
         assert set(np.unique(masks_of(data.train))) == {0, 1, 2, 255}
 
 
+class TestNothingIsLeftOutInSilence:
+    def load(self, folder):
+        return load_segmentation_dataset(dataset_dir=folder, void_labels=[11])
+
+    @pytest.mark.parametrize("name", ["valid", "dev", "eval", "validation"])
+    def test_other_names_of_the_validation_split(self, folder, name):
+        (folder / "val").rename(folder / name)
+        data = self.load(folder)
+        assert (len(data.train), len(data.validation), data.notes) == (8, 5, ())
+
+    def test_a_folder_that_no_split_uses(self, folder):
+        shutil.copytree(folder / "val", folder / "holdout")
+        shutil.copytree(folder / "val", folder / "test")
+        data = self.load(folder)
+        assert len(data.test) == 5
+        unused = ("holdout/images", "holdout/masks", "test/masks")
+        assert data.notes == tuple(f"{folder / name} has 5 images that are not used" for name in unused)
+
+    def test_masks_without_an_image_or_outside_of_the_lists(self, tmp_path):
+        root = data_sets.cityscapes(tmp_path / "cityscapes")
+        next((root / "leftImg8bit" / "val" / "frankfurt").iterdir()).unlink()
+        note = f"{root / 'gtFine' / 'val'} has 1 masks without an image, which are not used"
+        assert load_segmentation_dataset(dataset_dir=root).notes == (note,)
+        home = data_sets.voc2012(tmp_path / "voc") / "VOCdevkit" / "VOC2012"
+        assert load_segmentation_dataset(dataset_dir=home).notes == ()
+        (home / "ImageSets" / "Segmentation" / "train.txt").write_text("2007_000032\n2007_000039\n")
+        note = f"{home / 'SegmentationClass'} has 1 masks that are in no list, which are not used"
+        assert load_segmentation_dataset(dataset_dir=home).notes == (note,)
+
+    @pytest.mark.parametrize("copy", ["train/imgs", "images/train", "training/images", "train/labels"])
+    def test_two_folders_for_one_thing(self, folder, copy):
+        shutil.copytree(folder / "train" / ("masks" if "labels" in copy else "images"), folder / copy)
+        with pytest.raises(InputError, match=r"train.* and .* may both hold the (images of|masks of)"):
+            self.load(folder)
+
+    def test_a_folder_of_other_labels_beside_the_masks(self, folder):
+        """YOLO's text files."""
+        (folder / "train" / "labels").mkdir()
+        (folder / "train" / "labels" / "street 0.txt").write_text("0 0.5 0.5 0.1 0.1")
+        assert len(self.load(folder).train) == 8
+
+    @pytest.mark.parametrize("name", ["extra.heic", "street 9.npy", "Extra.JP2"])
+    def test_a_picture_of_a_format_that_is_not_read(self, folder, name):
+        (folder / "train" / "images" / name).write_bytes(b"something")
+        with pytest.raises(InputError, match=f"{name}: pictures of this format are not read"):
+            self.load(folder)
+
+    def test_a_folder_full_of_images_without_a_layout(self, folder, tmp_path):
+        for number, path in enumerate((folder / "train" / "images").iterdir()):
+            shutil.copy(path, tmp_path / f"{number}.jpg")
+        with pytest.raises(InputError, match=r"has images, like .*\.jpg, but not in a layout that is known"):
+            self.load(tmp_path)
+
+    def test_masks_of_other_names(self, folder):
+        for path in (folder / "train" / "masks").iterdir():
+            path.rename(path.with_name(f"{path.stem}-segmented.png"))
+        with pytest.raises(InputError, match=r"street 0\.jpg has no mask.*have other names, like .*-segmented\.png"):
+            self.load(folder)
+
+
+class TestNames:
+    def test_masks_as_gif(self, folder):
+        """PIL saves grey as a palette of the greys that occur."""
+        expected = masks_of(load_segmentation_dataset(dataset_dir=folder, void_labels=[11]).train)
+        for path in (folder / "train" / "masks").iterdir():
+            PILImage.open(path).save(path.with_name(f"{path.stem}_mask.gif"))
+            path.unlink()
+        found = masks_of(load_segmentation_dataset(dataset_dir=folder, void_labels=[11]).train)
+        assert np.array_equal(found, expected)
+
+    def test_letters_that_macos_decomposes(self, folder):
+        """One name is composed (NFC), and the other decomposed (NFD)."""
+        for kind, name in (("images/street 0.jpg", "caf\u00e9.jpg"), ("masks/street 0.png", "cafe\u0301.png")):
+            path = folder / "train" / kind
+            path.rename(path.with_name(name))
+        data = load_segmentation_dataset(dataset_dir=folder, void_labels=[11])
+        assert data.train["id"][0] == "caf\u00e9"
+
+    def test_letters_in_a_list(self, tmp_path):
+        data_sets.voc2012(tmp_path)
+        home = tmp_path / "VOCdevkit" / "VOC2012"
+        (home / "id2label.json").write_text(json.dumps([f"class {index}" for index in range(21)]))
+        for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+            (home / folder / f"2007_000032.{suffix}").rename(home / folder / f"cafe\u0301.{suffix}")
+        path = home / "ImageSets" / "Segmentation" / "train.txt"
+        path.write_text(path.read_text().replace("2007_000032", "caf\u00e9"), encoding="utf-8-sig")
+        assert load_segmentation_dataset(dataset_dir=tmp_path).train["id"][0] == "caf\u00e9"
+
+    def test_a_name_that_is_not_utf8(self, folder):
+        path = os.fsencode(folder / "train" / "images")
+        os.rename(path + b"/street 0.jpg", path + b"/caf\xe9.jpg")
+        with pytest.raises(InputError, match=r"caf\\udce9\.jpg: the name is not UTF-8\. Rename the file") as error:
+            load_segmentation_dataset(dataset_dir=folder, void_labels=[11])
+        str(error.value).encode()
+
+
+class TestClassesOfALayout:
+    """A known layout does not say what the values mean. The names of the images tell whose they are."""
+
+    def rename(self, root):
+        """Give the images of the VOC fixture names of one's own."""
+        for path in sorted(root.rglob("*")):
+            if path.is_file() and path.suffix != ".txt":
+                path.rename(path.with_name(path.name.replace("200", "plant")))
+        for path in root.rglob("*.txt"):
+            path.write_text(path.read_text().replace("200", "plant"))
+        return root / "VOCdevkit" / "VOC2012"
+
+    def test_other_images_need_class_names(self, tmp_path):
+        home = self.rename(data_sets.voc2012(tmp_path))
+        with pytest.raises(InputError, match=r"VOC2012/id2label\.json is missing"):
+            load_segmentation_dataset(dataset_dir=tmp_path)
+        (home / "id2label.json").write_text(json.dumps([f"class {index}" for index in range(21)]))
+        data = load_segmentation_dataset(dataset_dir=tmp_path)
+        assert (data.id2label[15], data.license, data.colors) == ("class 15", None, None)
+
+    def test_names_of_cvat(self, tmp_path):
+        home = self.rename(data_sets.voc2012(tmp_path))
+        masks = [np.array(PILImage.open(path)) for path in (home / "SegmentationClass").iterdir()]
+        used = np.unique(masks).tolist()
+        colors = {value: f"{value * 37 % 256},{value * 91 % 256},{value}" for value in used}
+        lines = [f"{'void' if value == 255 else f'part {value}'}:{color}::" for value, color in colors.items()]
+        (home / "labelmap.txt").write_text("# label:color_rgb:parts:actions\n" + "\n".join(lines))
+        data = load_segmentation_dataset(dataset_dir=tmp_path)
+        assert list(data.id2label.values()) == ["part 0", "part 1", "part 2", "part 3", "part 15"]
+        raw = np.array(PILImage.open(home / "SegmentationClass" / "plant7_000032.png"))
+        assert np.array_equal(masks_of(data.train)[0] == 4, raw == 15)
+
+    @pytest.mark.parametrize("name", ["class_names.txt", "_classes.csv"])
+    def test_names_in_a_file_of_another_program(self, tmp_path, name):
+        home = data_sets.voc2012(tmp_path) / "VOCdevkit" / "VOC2012"
+        (home / name).write_text("mud\nsand\n")
+        with pytest.raises(InputError, match=rf"{name} is not read\. Name the classes in .*id2label\.json instead"):
+            load_segmentation_dataset(dataset_dir=tmp_path)
+
+    def test_two_files_of_names(self, folder):
+        (folder / "palette.json").write_text(json.dumps({"a": [0, 0, 0], "b": [255, 0, 0]}))
+        with pytest.raises(InputError, match=r"id2label\.json and .*palette\.json both name the classes"):
+            load_segmentation_dataset(dataset_dir=folder)
+
+
 class TestParquet:
     def test_a_folder_of_parquet_files(self, tmp_path):
         root = data_sets.parquet(tmp_path / "set")
@@ -249,3 +393,16 @@ class TestParquet:
         pq.write_table(pa.table(rows), tmp_path / "mine.parquet")
         data = load_segmentation_dataset(str(tmp_path / "mine.parquet"), id2label={0: "a", 1: "b"})
         assert (len(data.train), len(data.validation)) == (4, 1)
+
+
+def test_links_in_a_circle_are_followed_once(tmp_path):
+    """Two links to their own folder make 2**40 paths, after which the system gives up."""
+    for kind in ("images", "masks"):
+        folder = tmp_path / "train" / kind
+        (folder / "city").mkdir(parents=True)
+        (folder / "city" / "a.png").touch()
+        for name in ("a link before it", "one", "two"):
+            (folder / name).symlink_to("city" if name[0] == "a" else ".")
+    with time_limit(60):
+        records = read_layout(tmp_path).splits["train"]
+    assert [record.id for record in records] == ["city/a"]

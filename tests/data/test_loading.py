@@ -126,6 +126,25 @@ class TestBadFolder:
             PILImage.fromarray(np.full((32, 48), RAW_VOID, dtype=np.uint8)).save(path)
         self.expect(folder, "the training images have no labels")
 
+    def test_validation_without_labels(self, folder):
+        for path in (folder / "val" / "masks").iterdir():
+            PILImage.fromarray(np.full(PILImage.open(path).size[::-1], RAW_VOID, dtype=np.uint8)).save(path)
+        self.expect(folder, "the validation images have no labels, but without labels there is no score")
+
+    def test_validation_of_0_and_255(self, folder):
+        """Only the background would be scored."""
+        for path in (folder / "val" / "masks").iterdir():
+            PILImage.fromarray(np.array(PILImage.open(path)) // 3 % 2 * np.uint8(255)).save(path)
+        self.expect(folder, "the validation images have labels of the class 'ground' only", "palette file")
+
+    def test_every_sample_is_bad(self, folder):
+        for path in (folder / "train" / "masks").iterdir():
+            PILImage.open(path).convert("RGB").save(path)
+        self.expect(folder, "no valid images: 8 samples failed a check", "mode RGB", skip_bad_samples=True)
+        for path in (folder / "val" / "masks").iterdir():
+            path.write_bytes(b"")
+        self.expect(folder, "street 0.png", "mode RGB", "and 12 more")
+
     def test_bad_samples_are_left_out_on_request(self, folder):
         rewrite_mask(folder, lambda mask: np.where(mask == 3, 37, mask).astype(np.uint8))
         (folder / "val" / "images" / "alley-3.jpg").write_bytes(b"")

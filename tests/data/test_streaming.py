@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import RAW_VOID, tiny_segformer
+from PIL import Image
 from test_trainer import NO_RANDOMNESS
 from torch.utils.data import DataLoader
 
@@ -107,11 +108,62 @@ def test_persistent_workers_see_the_epoch_change(stream):
     assert torch.equal(crop(0), first)
 
 
-def test_bad_samples(folder, stream):
+def test_bad_samples(folder, stream, caplog):
     (folder / "train" / "images" / "street 5.jpg").write_bytes(b"")
     with pytest.raises(InputError, match=r"street 5\.jpg is not a readable image: the file is empty"):
         [pending.load() for pending in streamed(stream)]
-    assert ids_of(streamed(stream, skip_bad_samples=True)) == [f"street {i}" for i in range(8) if i != 5]
+    skipping = streamed(stream, skip_bad_samples=True)
+    for _ in range(2):  # the sample is named once
+        assert ids_of(skipping) == [f"street {i}" for i in range(8) if i != 5]
+    assert caplog.text.count("skipped street 5: ") == 1
+
+
+class TestFirstLook:
+    """A stream is looked at until its labels are enough."""
+
+    def masks(self, folder, split, change):
+        for path in (folder / split / "masks").iterdir():
+            Image.fromarray(change(np.array(Image.open(path)))).save(path)
+
+    @pytest.mark.parametrize(
+        ("split", "change", "message"),
+        [
+            ("train", lambda m: m // 3 % 2 * np.uint8(255), "training images have labels of the class 'ground' only"),
+            ("train", lambda m: np.full_like(m, RAW_VOID), "training images have no labels"),
+            ("train", lambda m: np.full_like(m, 2), "training images have labels of the class 'sky' only"),
+            ("val", lambda m: np.full_like(m, RAW_VOID), "validation images have no labels"),
+            ("val", lambda m: m // 3 % 2 * np.uint8(255), "validation images have labels of the class 'ground' only"),
+        ],
+    )
+    def test_labels_that_are_not_enough(self, folder, split, change, message):
+        self.masks(folder, split, change)
+        with pytest.raises(InputError, match=f"the {message}, but"):
+            stream_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID])
+
+    def test_ends_as_soon_as_labels_are_enough(self, folder):
+        paths = sorted((folder / "train" / "masks").iterdir())
+        Image.fromarray(np.full((32, 48), 2, dtype=np.uint8)).save(paths[0])
+        paths[2].write_bytes(b"")  # is not reached
+        stream_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID])
+        paths[1].write_bytes(b"")
+        with pytest.raises(InputError, match=r"street 1\.png is not a readable image"):
+            stream_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID])
+        stream_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID], skip_bad_samples=True)
+        for path in paths:
+            path.write_bytes(b"")
+        with pytest.raises(InputError, match="no valid images: 8 samples failed a check"):
+            stream_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID], skip_bad_samples=True)
+
+
+def test_palettes_that_differ(folder):
+    for name, color in (("street 1", (0, 0, 255)), ("street 2", (255, 0, 0))):
+        path = folder / "train" / "masks" / f"{name}.png"
+        mask = Image.open(path)
+        mask.putpalette([0, 0, 0, *color, *range(40, 240)])
+        mask.save(path)
+    stream = stream_segmentation_dataset(dataset_dir=folder, void_labels=[RAW_VOID])
+    with pytest.raises(InputError, match=r"street 2\.png shows the value 1 in the colour"):
+        [pending.load() for pending in streamed(stream)]
 
 
 def test_only_the_given_images(stream):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import load_folder
 from PIL import Image
 
+from pals_hf import load_segmentation_dataset
 from pals_hf.errors import InputError
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
@@ -43,6 +43,27 @@ def copy_to_validation():
     Path("data/val/images/v1.jpg").write_bytes(IMAGE.read_bytes())
 
 
+def save_as_pages(path):
+    picture = Image.open(path)
+    picture.load()
+    picture.save(path, format="tiff", save_all=True, append_images=[picture, picture])
+
+
+def erase_a_pixel():
+    """In masks that hold colours."""
+    Path("data/id2label.json").rename("data/old.json")
+    colors = {name: [index, 0, 0] for index, name in enumerate("abcd")}
+    Path("data/palette.json").write_text(json.dumps(colors))
+    for path in Path("data").glob("*/masks/*"):
+        mask = Image.new("RGB", (48, 32))
+        mask.paste((1, 0, 0), (0, 0, 9, 9))
+        mask.putalpha(255)
+        mask.save(path)
+    mask = Image.open(MASK)
+    mask.putpixel((5, 7), (1, 0, 0, 0))
+    mask.save(MASK)
+
+
 BREAK = {
     "truncated JPEG": lambda: truncate(IMAGE, 200),
     "zero-byte file": lambda: truncate(IMAGE, 0),
@@ -56,6 +77,10 @@ BREAK = {
     "image without mask": MASK.unlink,
     "mask without image": IMAGE.unlink,
     "two images of one name": lambda: Image.open(IMAGE).save(IMAGE.with_suffix(".png")),
+    "transparent pixel": erase_a_pixel,
+    "several pages": lambda: save_as_pages(MASK),
+    "other format": IMAGE.with_name("s9.heic").touch,
+    "no labels in val": lambda: fill(Path("data/val/masks/v1.png"), 255),
     "empty split": lambda: [path.unlink() for path in IMAGE.parent.iterdir()],
     "one class only": lambda: fill_all(2),
     "training image in val": copy_to_validation,
@@ -80,10 +105,10 @@ def data(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("problem", LINES)
 def test_line(problem, data):
-    load_folder(data)
+    load_segmentation_dataset(dataset_dir=data)
     BREAK[problem]()
     with pytest.raises(InputError) as error:
-        load_folder(data)
+        load_segmentation_dataset(dataset_dir=data)
     assert re.sub(r" \(Set skip_bad_samples to skip this sample.*\)$", "", str(error.value)) == LINES[problem]
 
 

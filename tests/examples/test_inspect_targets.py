@@ -82,7 +82,7 @@ def test_uses_the_images_that_a_training_would_use(folder, model):
     for method in ("random", "balanced"):
         both = [*map(str, flags), "--fraction_method", method]
         (args,) = OptionParser(inspect_targets.TargetArguments, description="").parse(both)
-        pictures = inspect_targets.read_images(args)["image"][:]
+        pictures = inspect_targets.read_images(args)[0]["image"][:]
         (args,) = OptionParser(TrainArguments, description="").parse(both)
         assert pictures == load_data(args)[0].train["image"][:]
         seen.append(pictures)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from conftest import RAW_VOID
 from filelock import FileLock
+from huggingface_hub import get_token
 from test_checkpoints import write_checkpoint
 
 pytest.importorskip("ray")
@@ -73,6 +74,7 @@ def test_cells(folder):
         ),
         ("grid: {dataset_dir: [a/b]}", "dataset_dir=a/b names a folder and must not contain a slash"),
         ("grid: [", "cannot be read"),
+        ("grid: {hub_token: [hf_a, hf_b]}", "hub_token cannot be an axis"),
     ],
 )
 def test_bad_recipes(tmp_path, content, message):
@@ -80,6 +82,28 @@ def test_bad_recipes(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(InputError, match=message):
         sweep.read_cells(path)
+
+
+def test_the_token_reaches_the_training_and_no_file(tmp_path, monkeypatch):
+    """Neither the file of the flags nor the log has it, and the client of the Hub finds it."""
+    found = []
+
+    def train_main(argv):
+        print(argv)
+        found.append(get_token())
+        raise InputError("stop here")
+
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_user")
+    monkeypatch.setattr(sweep.study_train, "main", train_main)
+    for flag in ("hub_token", "hub_tok"):
+        cell = sweep.Cell({"seed": "0"}, {"seed": 0, "push_to_hub": True, flag: "hf_ofTheRecipe"})
+        with pytest.raises(RuntimeError, match="exit code 1"):
+            sweep.run_cell(cell, tmp_path, 1)
+        assert found.pop() == "hf_ofTheRecipe"
+    assert os.environ["HF_TOKEN"] == "hf_of_the_user"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 2
+    assert not any("hf_ofTheRecipe" in path.read_text() for path in files)
 
 
 CELLS = [sweep.Cell({"loss": "ce", "seed": str(seed)}, {"loss": "ce", "seed": seed}) for seed in (0, 1)]
