@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,11 +14,54 @@ from .data.balance import WEIGHTINGS
 from .errors import InputError
 from .functional import PADDING_INDEX, Affinity
 from .losses import PRESETS
-from .options import EVALUATION, LOSS, TRAINING, option
+from .options import EVALUATION, LARGEST, LOSS, MOST_WORKERS, TRAINING, check_numbers, option
 
 LOSSES = ("pals", "self_distillation", "ce", "label_smoothing")
 ERRORS = ("loss", "ece", "brier")  # endings of the metrics of which less is better
 POLY = {"power": 0.9, "lr_end": 0.0}  # the usual schedule of segmentation
+
+# The numbers whose limits do not follow from their default, see `check_numbers`.
+_TINY = math.ulp(0.0)  # the smallest positive number
+_SEED = (0, 2**32 - 1)
+_ANY = (-(2**31), LARGEST)
+_LIMITS = {
+    "head_lr_multiplier": (_TINY, math.inf),
+    "adam_epsilon": (_TINY, math.inf),
+    "adam_beta1": (0, math.nextafter(1, 0)),
+    "adam_beta2": (0, math.nextafter(1, 0)),
+    "save_total_limit": (0, LARGEST),  # 0 keeps all checkpoints
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "ignore_index": _ANY,
+    "dataloader_num_workers": (0, MOST_WORKERS),
+    **dict.fromkeys(("dataloader_prefetch_factor", "eval_accumulation_steps", "ddp_bucket_cap_mb"), (1, LARGEST)),
+}
+
+# Options of transformers that would have no effect, spoil the result or lose the run: the only value, and the reason.
+_FIXED = {
+    "batch_eval_metrics": (True, "metrics are counted batch by batch"),
+    "remove_unused_columns": (False, "the transforms need all columns"),
+    "prediction_loss_only": (False, "every evaluation computes the metrics"),
+    "include_for_metrics": ([], "the metrics are counts of pixels, without further inputs"),
+    "label_names": (None, "the labels of an image are always called labels"),
+    "average_tokens_across_devices": (True, "the loss is always the mean over the pixels of all processes"),
+    "use_liger_kernel": (False, "its kernels are for language models"),
+    "neftune_noise_alpha": (None, "it adds noise to embeddings of words, which these networks do not have"),
+    "fp16_full_eval": (False, "it converts the network itself. Use fp16, which evaluates in mixed precision"),
+    "bf16_full_eval": (False, "it converts the network itself. Use bf16, which evaluates in mixed precision"),
+    "enable_jit_checkpoint": (
+        False,
+        "with its signal handler a process survives SIGTERM. PALSTrainer saves a checkpoint at SIGTERM without this "
+        "option",
+    ),
+}
+
+# Options of transformers that are ignored without another one.
+_NEEDED = {
+    "fsdp_config": ("fsdp",),
+    "activation_checkpointing_kwargs": ("activation_checkpointing", "gradient_checkpointing"),
+    "gradient_checkpointing_kwargs": ("gradient_checkpointing", "activation_checkpointing"),
+}
 
 
 @dataclass(repr=False)  # the parent's hides tokens
@@ -177,6 +221,9 @@ class PALSConfig(TrainingArguments):
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(ERRORS)
         self.check()
+        for name, needed in _NEEDED.items():
+            if getattr(self, name, None) and not any(getattr(self, other, None) for other in needed):
+                raise InputError(f"{name} has no effect without {needed[0]}")
         super().__post_init__()
         started = int(os.environ.get("WORLD_SIZE", 1))
         if started > 1 and self.world_size == 1:
@@ -184,6 +231,11 @@ class PALSConfig(TrainingArguments):
                 f"{started} processes were started, but each of them would train alone. "
                 "Without GPUs set ACCELERATE_USE_CPU=true in the environment"
             )
+        for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs"):
+            if not isinstance(getattr(self, name, None), dict | None):
+                raise InputError(f"{name} must be JSON like '{{\"power\": 2.0}}', got {getattr(self, name)!r}")
+        if self.fp16 and self.device.type == "cpu":
+            raise InputError("fp16 has no effect on a CPU. Leave it out")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch warns at every epoch
 
@@ -217,18 +269,19 @@ class PALSConfig(TrainingArguments):
         for name in ("beta", "smoothing"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        for name in ("head_lr_multiplier", "per_device_train_batch_size"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
         if self.eval_window is not None and (len(self.eval_window) != 2 or min(self.eval_window) < 1):
             raise InputError(f"eval_window must be two positive numbers, height and width, got {self.eval_window}")
         if not 0.0 <= self.eval_overlap < 1.0:
             raise InputError(f"eval_overlap must lie in [0, 1), got {self.eval_overlap}")
-        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise InputError(f"max_steps must be positive, or -1 to train for num_train_epochs, got {self.max_steps}")
+        if self.max_steps == -1 and not self.num_train_epochs > 0:
             raise InputError(f"num_train_epochs must be positive without max_steps, got {self.num_train_epochs}")
         if self.distill_unlabeled and self.ignore_index == PADDING_INDEX:
             raise InputError(f"ignore_index must not be {PADDING_INDEX}, the label of padding, with distill_unlabeled")
+        check_numbers(self, _LIMITS)
         self._refuse_unsuitable_options()
+        self._refuse_contradictions()
 
     def _refuse_unsuitable_options(self) -> None:
         """Refuse options of transformers that do not work for segmentation, or that lose a run."""
@@ -237,14 +290,27 @@ class PALSConfig(TrainingArguments):
                 "label_smoothing_factor smooths over the last axis, which is not the class axis in segmentation. "
                 f"Use loss='label_smoothing' with smoothing={self.label_smoothing_factor}"
             )
-        if self.enable_jit_checkpoint:
+        if self.train_sampling_strategy not in ("random", "sequential"):
             raise InputError(
-                "enable_jit_checkpoint must be False: with its signal handler a process survives SIGTERM. "
-                "PALSTrainer saves a checkpoint at SIGTERM without this option"
+                f"train_sampling_strategy must be random or sequential, got {self.train_sampling_strategy}: "
+                "the images of a training batch have one size, so there are no lengths to sort by"
             )
-        for name, needed in (("batch_eval_metrics", True), ("remove_unused_columns", False)):
-            if getattr(self, name) is not needed:
-                raise InputError(f"{name} must be {needed} for segmentation, got {getattr(self, name)}")
+        for name, (only, reason) in _FIXED.items():
+            if getattr(self, name, only) != only:
+                raise InputError(f"{name} must be {only}: {reason}")
+
+    def _refuse_contradictions(self) -> None:
+        """Refuse pairs of options of which one makes the other void."""
+        if self.save_strategy == "steps" and not self.save_steps > 0:
+            raise InputError(f"save_steps must be positive, got {self.save_steps}")
+        for name, is_set in (
+            ("load_best_model_at_end", self.load_best_model_at_end),
+            ("save_strategy=best", self.save_strategy == "best"),
+        ):
+            if is_set and self.eval_strategy == "no":
+                raise InputError(f"{name} needs evaluations during the training: set eval_strategy to steps or epoch")
+        if self.load_best_model_at_end and self.save_strategy == "no":
+            raise InputError("load_best_model_at_end needs checkpoints: set save_strategy to steps, epoch or best")
 
     def __getstate__(self) -> dict[str, Any]:
         # Trainer pickles its arguments next to every checkpoint and pushes them: the token must not be in there.

@@ -106,6 +106,21 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+def refuse_unwritable(folder: str | os.PathLike) -> None:
+    """Check that an output folder can be created or written to, without creating it.
+
+    Raises:
+        InputError: it is a file or in a file, or permissions forbid it.
+    """
+    folder = Path(folder)
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        which = f"output_dir {folder}" + ("" if place == folder else f": {place}")
+        raise InputError(f"{which} is a file, use another folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"output_dir {folder}: you have no permission to write to {place}")
+
+
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a text file as UTF-8, see [`atomic_write_bytes`]."""
     atomic_write_bytes(path, text.encode())

@@ -48,8 +48,12 @@ def likely_cause(batches: list[dict[str, Any]], model: nn.Module) -> str:
     """Return a message about the most likely cause of the values that are not finite."""
     if not all(batch["pixel_values"].isfinite().all() for batch in batches):
         return "the images have values that are not finite"
-    # Each process checks its own part of sharded weights.
-    weights = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters())
-    if not all(part.isfinite().all() for part in weights):
+    if not has_finite_weights(model):
         return "the weights of the network are not finite; try a lower learning_rate or max_grad_norm"
     return "the images and weights are finite; try a lower learning_rate, or bf16 or float32 instead of fp16"
+
+
+def has_finite_weights(model: nn.Module) -> bool:
+    """Tell whether all weights are finite. Each process checks its own part of sharded weights."""
+    weights = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters())
+    return all(bool(part.isfinite().all()) for part in weights)

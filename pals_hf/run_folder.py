@@ -19,6 +19,7 @@ from .config import PALSConfig
 from .data import FractionManifest
 from .data.fractions import MANIFEST
 from .errors import InputError
+from .files import refuse_unwritable
 from .hub import download_checkpoint
 from .model_card import CARD_DATA, PICTURES, CardData, is_hub_id
 
@@ -107,11 +108,7 @@ def refuse_other_run(run_dir: Path, checkpoint: Path | None, overwrite: bool = F
         InputError: the folder holds another run, or later checkpoints than `checkpoint`; or the folder cannot be
             created or written to.
     """
-    place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not place.is_dir():
-        raise InputError(f"output_dir {run_dir}: {place} is a file, use another folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"output_dir {run_dir}: you have no permission to write to {place}")
+    refuse_unwritable(run_dir)
     goes_on_here = _goes_on_in(run_dir, checkpoint)
     if goes_on_here and not is_complete_checkpoint(checkpoint):
         raise InputError(f"{checkpoint} does not exist any more: another run has used output_dir {run_dir} meanwhile")

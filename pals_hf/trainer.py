@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
 from transformers.hyperparameter_search import default_hp_search_backend
-from transformers.trainer_utils import BestRun, HPSearchBackend
+from transformers.trainer_utils import BestRun, HPSearchBackend, has_length
 from transformers.utils import logging
 
 from .calibration import boundary_counts, boundary_metrics, calibration_metrics, calibration_sums
@@ -25,7 +25,7 @@ from .checkpoints import last_complete_checkpoint
 from .config import PALSConfig
 from .data import ID, StreamedDataset, collate
 from .data.balance import class_weights
-from .errors import InputError, TrainingError, first_line
+from .errors import InputError, TrainingError, first_line, is_out_of_memory
 from .functional import PADDING_INDEX, is_labelled, soft_label_cross_entropy, upsample_argmax
 from .inference import image_logits
 from .losses import CrossEntropyLoss, LabelSmoothingLoss, PALSLoss, SegmentationLoss
@@ -33,9 +33,10 @@ from .metrics import SegmentationMetrics, confusion_matrix, nan_to_none
 from .model_card import CardFacts
 from .models import backbone_of
 from .network_loss import network_loss
-from .nonfinite import images_of, keep_step, likely_cause
+from .nonfinite import has_finite_weights, images_of, keep_step, likely_cause
 from .preemption import PreemptibleTrainer
 from .publishing import PublishingTrainer
+from .rehearsal import rehearse
 from .tap import ClassifierTap, read_network
 
 logger = logging.get_logger(__name__)
@@ -99,6 +100,9 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
     - checkpoints are written atomically ([`AtomicCheckpointTrainer`]), with model cards and pushes to the Hub
       ([`PublishingTrainer`]), and SIGTERM ends the training with a checkpoint ([`PreemptibleTrainer`]);
     - training stops before the optimizer step if the loss or the gradient is not finite, and the batch is saved.
+
+    Attributes:
+        has_stepped: whether the last training got through its first step.
 
     Args:
         model: a model of `AutoModelForSemanticSegmentation`.
@@ -167,10 +171,78 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
         self._cross_entropy_sum = 0.0
         self._loss_parts: Counter[str] = Counter()
         self._labels_checked = False
+        self.has_stepped = False
         self._micro_batches: list[tuple[Tensor, dict[str, Any]]] = []  # of the step at hand: loss and inputs
         self._check_padding()
         self._check_sets()
         self.add_callback(_TrainingCallback(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the parent does. A training without a step, or that ruins the weights, is an error.
+
+        Raises:
+            InputError: there is no image or no step to train on.
+            TrainingError: the memory is too small, or the weights are not finite at the end.
+        """
+        self.has_stepped = False
+        try:
+            output = super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) and "No executable batch size found" not in str(error):
+                raise
+            raise TrainingError(
+                f"out of memory after step {self.state.global_step}: {first_line(error)}. Use a smaller "
+                "per_device_train_batch_size with more gradient_accumulation_steps, or smaller images; the last "
+                f"checkpoint is {last_complete_checkpoint(self.args.output_dir) or 'none yet'}"
+            ) from error
+        if not self.state.global_step:
+            raise TrainingError("no step was trained: the network is as it was before")
+        if not has_finite_weights(self.model):
+            raise TrainingError(
+                f"the weights of the network are not finite after step {self.state.global_step}. Try a lower "
+                "learning_rate or weight_decay"
+            )
+        return output
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the parent's loader.
+
+        Raises:
+            InputError: an epoch has no batch.
+        """
+        if has_length(self.train_dataset) and len(self.train_dataset) == 0:
+            raise InputError("the training data set is empty")
+        loader = super().get_train_dataloader()
+        if has_length(loader) and len(loader) == 0:
+            processes = f" in each of {self.args.world_size} processes" if self.args.world_size > 1 else ""
+            raise InputError(
+                f"dataloader_drop_last leaves no batch to train on: there are {len(self.train_dataset)} training "
+                f"images for batches of {self._train_batch_size}{processes}. Use a smaller "
+                "per_device_train_batch_size, or leave dataloader_drop_last out"
+            )
+        return loader
+
+    def set_initial_training_values(self, args: PALSConfig, dataloader: DataLoader) -> tuple:
+        """Return the parent's numbers of epochs, images and steps.
+
+        Raises:
+            InputError: an option needs more steps than the training has.
+        """
+        *others, steps = super().set_initial_training_values(args, dataloader)
+        warmup = args.get_warmup_steps(steps)
+        if warmup >= steps:
+            raise InputError(
+                f"warmup_steps {args.warmup_steps:g} leaves no step after the warmup: the training has {steps} "
+                f"step{'s' if steps > 1 else ''}, and {warmup} of them would be warmup"
+            )
+        if args.load_best_model_at_end and args.eval_strategy == "steps":
+            first = max(args.eval_steps if args.eval_steps >= 1 else 1, args.eval_delay)
+            if first > steps:
+                raise InputError(
+                    f"load_best_model_at_end needs an evaluation, but the first one would be at step {first:g} of "
+                    f"{steps}. Use a smaller eval_steps or eval_delay"
+                )
+        return (*others, steps)
 
     def hyperparameter_search(
         self,
@@ -273,13 +345,26 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
         self._micro_batches = []
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
-        if any(isinstance(batch[name], list) for batch in batch_samples for name in batch.keys() - {ID}):
-            raise InputError("the images of a training batch differ in size. Crop them to one size in the transform")
+        for batch in batch_samples:
+            self._check_size(batch)
         if not self._labels_checked:
             self._check_labels(batch_samples[0]["labels"])
             self._labels_checked = True
         counts = torch.stack([self.loss_function.count(batch["labels"].to(device)) for batch in batch_samples])
         return self.accelerator.reduce(counts.sum(dim=0), "sum")
+
+    def check_batch(self, batch: dict[str, Any]) -> None:
+        """Check the sizes and labels of a batch of training images.
+
+        Raises:
+            InputError: the images differ in size, or a label is outside the classes.
+        """
+        self._check_size(batch)
+        self._check_labels(batch["labels"])
+
+    def _check_size(self, batch: dict[str, Any]) -> None:
+        if any(isinstance(batch[name], list) for name in batch.keys() - {ID}):
+            raise InputError("the images of a training batch differ in size. Crop them to one size in the transform")
 
     def _check_labels(self, labels: Tensor) -> None:
         """Check the labels of the first batch. On a GPU, a wrong label would end in a failed assertion."""
@@ -362,20 +447,12 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
         return optimizer
 
     def dry_run(self) -> None:
-        """Compute the loss of one training example, so that errors show before the training.
+        """Rehearse a training step and an evaluation, so that errors show before the training. See [`rehearse`].
 
         Raises:
-            InputError: a label is outside the classes, or the network does not support an option.
+            InputError: the network cannot be trained or evaluated on these images with these options.
         """
-        device = next(self.model.parameters()).device
-        batch = self.data_collator([next(iter(self.train_dataset))])
-        batch = {name: value.to(device) for name, value in batch.items() if name != ID}
-        self._check_labels(batch["labels"])
-        training = self.model.training
-        self.model.eval()
-        with torch.no_grad():
-            self.compute_loss(self.model, batch)
-        self.model.train(training)
+        rehearse(self)
 
     # ---- Logging ----
 
@@ -422,13 +499,17 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
-        self.metrics.reset()
-        self._cross_entropy_sum, self._more_sums = 0.0, []
+        self.reset_metrics()
         # Since the last step the batch statistics differ between processes. Those of the main process are saved, so
         # they are scored, too.
         for buffer in self.model.buffers():
             broadcast(buffer)
         return super().evaluation_loop(*args, **kwargs)
+
+    def reset_metrics(self) -> None:
+        """Forget the images that were scored."""
+        self.metrics.reset()
+        self._cross_entropy_sum, self._more_sums = 0.0, []
 
     def prediction_step(
         self,
@@ -478,6 +559,11 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
         if not compute_result:
             return {}
         pixels = int(self.metrics.counts.sum())
+        if pixels and not math.isfinite(self._cross_entropy_sum):
+            raise TrainingError(
+                f"the logits of the network are not finite after step {self.state.global_step}, so it cannot be "
+                "scored. Try a lower learning_rate"
+            )
         results = {"loss": self._cross_entropy_sum / pixels if pixels else float("nan"), **self.metrics.compute()}
         if self.args.eval_calibration:
             calibration, boundaries = self._more_sums
@@ -493,6 +579,9 @@ class _TrainingCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._labels_checked, self.trainer._loss_parts = False, Counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.has_stepped = True
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate calls set_epoch only with some samplers.

@@ -14,7 +14,7 @@ from architectures import AUXILIARY
 from conftest import ARCHITECTURES, NUM_LABELS, RAW_VOID, tiny_mobilenet_v2, tiny_segformer, tiny_upernet
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import (
     AutoModelForSemanticSegmentation,
     EarlyStoppingCallback,
@@ -32,7 +32,7 @@ from pals_hf import PALSConfig, PALSLoss, PALSTrainer, SegmentationMetrics, load
 from pals_hf.checkpoints import last_complete_checkpoint
 from pals_hf.data import EvalTransform, TrainTransform, TransformedDataset, collate
 from pals_hf.data.balance import class_weights
-from pals_hf.errors import InputError
+from pals_hf.errors import InputError, TrainingError
 from pals_hf.functional import PADDING_INDEX, Affinity, upsample
 from pals_hf.inference import predict
 from pals_hf.losses import PRESETS, CrossEntropyLoss
@@ -173,6 +173,46 @@ class TestTraining:
         with pytest.raises(InputError, match=r"label -100 is not one of the classes 0 to 3, nor ignore_index=255"):
             trainer.train()
         PALSTrainer(tiny_segformer(), config(tmp_path, ignore_index=-100), train_dataset=examples).train()
+
+    @pytest.mark.parametrize("length", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 1}])
+    def test_no_step_is_an_error(self, length, tmp_path):
+        """An untrained network is neither saved nor a result."""
+
+        class Nothing(IterableDataset):
+            def __iter__(self):
+                return iter(())
+
+        options = {**length, "save_strategy": "epoch"}
+        few = {"train_dataset": Examples(3)}
+        args = config(tmp_path, dataloader_drop_last=True, **options)
+        with pytest.raises(InputError, match="dataloader_drop_last leaves no batch to train on: there are 3 training"):
+            PALSTrainer(tiny_segformer(), args, **few).train()
+        with pytest.raises(InputError, match="the training data set is empty"):
+            PALSTrainer(tiny_segformer(), config(tmp_path, **options), train_dataset=Examples(0)).train()
+        if "num_train_epochs" not in length:
+            with pytest.raises(ValueError, match="does not contain any data"):
+                PALSTrainer(tiny_segformer(), config(tmp_path, **options), train_dataset=Nothing()).train()
+        args = config(tmp_path, **{**options, "warmup_steps": 1, "max_steps": 1})
+        with pytest.raises(InputError, match="warmup_steps 1 leaves no step after the warmup"):
+            PALSTrainer(tiny_segformer(), args, **few).train()
+        assert not list(tmp_path.iterdir())
+
+    def test_fewer_batches_than_accumulated_ones_make_a_step(self, tmp_path):
+        args = config(tmp_path, max_steps=-1, num_train_epochs=1, gradient_accumulation_steps=9)
+        trainer = PALSTrainer(tiny_segformer(), args, train_dataset=Examples(3))
+        trainer.train()
+        assert trainer.state.global_step == 1
+
+    def test_ruined_weights_are_an_error(self, tmp_path):
+        args = config(tmp_path, learning_rate=1e38, head_lr_multiplier=1e38)
+        with pytest.raises(TrainingError, match="the weights of the network are not finite after step 1"):
+            PALSTrainer(tiny_segformer(), args, train_dataset=Examples()).train()
+
+    def test_ruined_logits_are_no_result(self, tmp_path):
+        trainer = PALSTrainer(tiny_segformer(), config(tmp_path), eval_dataset=Examples())
+        trainer.model.decode_head.classifier.bias.data.fill_(math.nan)
+        with pytest.raises(TrainingError, match="the logits of the network are not finite after step 0"):
+            trainer.evaluate()
 
     def test_dry_run_shows_errors_before_training(self, tmp_path):
         model = tiny_mobilenet_v2()

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from ..data import load_segmentation_dataset
 from ..data.fractions import MANIFEST, METHODS
 from ..errors import InputError
-from ..options import DATA, EVALUATION, IMAGES, MODEL, RUN, TRAINING, option
+from ..options import DATA, EVALUATION, IMAGES, LARGEST, MODEL, MOST_WORKERS, RUN, TRAINING, check_numbers, option
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,6 +68,10 @@ class DataArguments:
     preprocessing_num_workers: int | None = option(
         None, DATA, "Number of processes that check the images.", advanced=True
     )
+
+    def __post_init__(self):
+        limits = {"preprocessing_num_workers": (1, MOST_WORKERS), "early_stopping_patience": (1, LARGEST)}
+        check_numbers(self, {**limits, "validation_share": (0, 1)})
 
 
 def source_of(args: DataArguments) -> dict[str, Any]:
@@ -164,6 +168,7 @@ class TrainArguments(DataArguments):
     license: str | None = option(None, RUN, "License for the model card, like apache-2.0.")
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("image_size", "crop_size"):
             size = getattr(self, name)
             if size is not None and (len(size) != 2 or min(size) < 1):

@@ -18,7 +18,7 @@ import signal
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .ending import ends_at_ctrl_c, fail
+from .ending import one_line
 from .parser import OneLineParser
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MAX_FILE_SIZE = "50mb"  # of an upload
 
 
-@ends_at_ctrl_c
+@one_line()
 def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
     parser = OneLineParser(
@@ -36,11 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--models", nargs="+", metavar="NAME=PATH", help="Models to compare. Default: the models in PALS_MODELS."
     )
-    try:
-        given = parser.parse_args(argv).models
-        page = build_page(models_of_environment() if given is None else read_models(given))
-    except InputError as error:
-        fail(error)
+    given = parser.parse_args(argv).models
+    page = build_page(models_of_environment() if given is None else read_models(given))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the server deletes the uploads
     page.launch(max_file_size=MAX_FILE_SIZE)
 

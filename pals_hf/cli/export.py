@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 from ..data.synthetic import generate_scene
 from ..errors import InputError, first_line
-from ..files import make_folder
+from ..files import make_folder, refuse_unwritable
 from ..functional import upsample
 from ..inference import load_for_inference, read_pictures
 from ..pretrained import loading
-from .ending import ends_at_ctrl_c, fail
+from .ending import one_line
 from .parser import OneLineParser
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Logits(nn.Module):
         return self.model(pixel_values=pixel_values).logits
 
 
-@ends_at_ctrl_c
+@one_line()
 def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
     parser = OneLineParser(
@@ -63,17 +63,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("file", type=Path, help="File to write, NAME.onnx.")
     parser.add_argument("--image", type=Path, help="Image for the check. Default: a built-in street scene.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the file if it exists.")
-    try:
-        args = parser.parse_args(argv)
-        require_packages()
-        check_file(args.file, args.overwrite)
-        image = generate_scene((0,))[0] if args.image is None else next(read_pictures(args.image))
-        model, processor = load_for_inference(args.model, "cpu")
-        with loading("the image processor of the model fails"):
-            pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
-        print("\n".join(export(model.float(), pixel_values, args.file)))
-    except InputError as error:
-        fail(error)
+    args = parser.parse_args(argv)
+    require_packages()
+    check_file(args.file, args.overwrite)
+    image = generate_scene((0,))[0] if args.image is None else next(read_pictures(args.image))
+    model, processor = load_for_inference(args.model, "cpu")
+    with loading("the image processor of the model fails"):
+        pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
+    print("\n".join(export(model.float(), pixel_values, args.file)))
     print(f"\nThe model is in {args.file}")
 
 
@@ -94,10 +91,12 @@ def check_file(file: Path, overwrite: bool) -> None:
     """Check that the file can be written.
 
     Raises:
-        InputError: its name does not end in .onnx, or the file exists and may not be replaced.
+        InputError: its name does not end in .onnx, its folder cannot be written to, or the file exists and may not be
+            replaced.
     """
     if file.is_dir() or file.suffix != ".onnx":
         raise InputError(f"{file} must be a file with the extension .onnx")
+    refuse_unwritable(file.parent)
     if file.exists() and not overwrite:
         raise InputError(f"{file} exists. Use --overwrite, or choose another name.")
 

@@ -21,12 +21,11 @@ import numpy as np
 from datasets import Dataset
 
 from ..data import FractionManifest, SegmentationData
-from ..errors import InputError
-from ..files import make_folder, write_result
+from ..files import make_folder, refuse_unwritable, write_result
 from ..options import IMAGES, RUN, option
 from ..visualize import prediction_sheet
 from .arguments import DataArguments, read_data
-from .ending import ends_at_ctrl_c, fail
+from .ending import one_line
 from .parser import OptionParser
 
 CONSTANT = 4  # difference of an image's extreme values (0 to 255) below which it counts as nearly constant
@@ -41,21 +40,19 @@ class InspectionArguments(DataArguments):
     output_dir: str = option(".", RUN, "Folder for inspection.json and inspection.png. Default: the current folder.")
 
 
-@ends_at_ctrl_c
+@one_line()
 def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
-    try:
-        (args,) = OptionParser(InspectionArguments, __doc__).parse(sys.argv[1:] if argv is None else argv)
-        data = read_data(args, skip_bad_samples=True)
-        report = inspect(data, args)
-        folder = make_folder(args.output_dir)
-        write_result(folder / "inspection.json", json.dumps(report, indent=2, ensure_ascii=False))
-        # The first images of a balanced draw cover as many classes as possible.
-        chosen = FractionManifest.draw(data.train, count=min(NUM_PICTURES, len(data.train)), method="balanced")
-        rows = [(row["image"], row["labels"]) for row in chosen.select(data.train)]
-        prediction_sheet(rows, data.id2label, folder / "inspection.png", data.colors)
-    except InputError as error:
-        fail(error)
+    (args,) = OptionParser(InspectionArguments, __doc__).parse(sys.argv[1:] if argv is None else argv)
+    refuse_unwritable(args.output_dir)
+    data = read_data(args, skip_bad_samples=True)
+    report = inspect(data, args)
+    folder = make_folder(args.output_dir)
+    write_result(folder / "inspection.json", json.dumps(report, indent=2, ensure_ascii=False))
+    # The first images of a balanced draw cover as many classes as possible.
+    chosen = FractionManifest.draw(data.train, count=min(NUM_PICTURES, len(data.train)), method="balanced")
+    rows = [(row["image"], row["labels"]) for row in chosen.select(data.train)]
+    prediction_sheet(rows, data.id2label, folder / "inspection.png", data.colors)
     print_report(report)
     print(f"\ninspection.json and inspection.png are in {folder}")
     sys.exit(1 if report["refused"] else 0)

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 
 from ..errors import InputError
 from ..options import GROUPS
+from .ending import in_one_line
 
 # Arguments of transformers that `--help` shows beside the options of this package, in words of our own.
 _COMMON = {
@@ -91,8 +92,8 @@ class OptionParser(HfArgumentParser, OneLineParser):
             return self.parse_args_into_dataclasses(argv, look_for_args_file=False)
         except InputError:
             raise
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        except Exception as error:  # of any type: the dataclasses read files, import libraries and look for devices
+            raise in_one_line(error, argv) from error
 
     def is_given(self, name: str, argv: list[str]) -> bool:
         """Tell whether a command line sets an option, or leaves it at its default."""

@@ -36,10 +36,10 @@ from tqdm import tqdm
 
 from ..data.classes import MAX_CLASSES
 from ..errors import InputError, first_line
-from ..files import make_folder, read_json, walk, write_result
+from ..files import make_folder, read_json, refuse_unwritable, walk, write_result
 from ..inference import Prediction, load_for_inference, predict, read_pictures
 from ..visualize import heat_map, index_picture, overlay
-from .ending import ends_at_ctrl_c, fail
+from .ending import one_line
 from .parser import OneLineParser
 
 if TYPE_CHECKING:
@@ -60,28 +60,25 @@ class Picture(NamedTuple):
     name: str  # the names of its result files begin with this
 
 
-@ends_at_ctrl_c
+@one_line()
 def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
-    try:
-        args = parse_arguments(argv)
-        root, files = find_files(args.input, args.output_dir)
-        pictures = list_pictures(root, files)
-        check_output_dir(args, pictures)
-        model, processor = load_for_inference(args.model, args.device)
-        num_classes = model.config.num_labels
-        if num_classes > MAX_CLASSES:
-            raise InputError(f"{args.model} has {num_classes} classes, but a mask can hold at most {MAX_CLASSES}")
-        options = {"window": args.window, "overlap": args.overlap, "flip": args.flip}
-        report = {"model": args.model, "revision": revision_of(args.model), **options, "images": []}
-        for batch, predictions in predict_all(model, processor, files, pictures, args.batch_size, options):
-            if not report["images"]:  # only now, because the network may fail on the first batch
-                prepare_output_dir(args.output_dir)
-            for (picture, image), prediction in zip(batch, predictions, strict=True):
-                report["images"].append(write_results(picture, image, prediction, model.config.id2label, args))
-        write_result(args.output_dir / RESULTS, json.dumps(report, indent=2, ensure_ascii=False))
-    except InputError as error:
-        fail(error)
+    args = parse_arguments(argv)
+    root, files = find_files(args.input, args.output_dir)
+    pictures = list_pictures(root, files)
+    check_output_dir(args, pictures)
+    model, processor = load_for_inference(args.model, args.device)
+    num_classes = model.config.num_labels
+    if num_classes > MAX_CLASSES:
+        raise InputError(f"{args.model} has {num_classes} classes, but a mask can hold at most {MAX_CLASSES}")
+    options = {"window": args.window, "overlap": args.overlap, "flip": args.flip}
+    report = {"model": args.model, "revision": revision_of(args.model), **options, "images": []}
+    for batch, predictions in predict_all(model, processor, files, pictures, args.batch_size, options):
+        if not report["images"]:  # only now, because the network may fail on the first batch
+            prepare_output_dir(args.output_dir)
+        for (picture, image), prediction in zip(batch, predictions, strict=True):
+            report["images"].append(write_results(picture, image, prediction, model.config.id2label, args))
+    write_result(args.output_dir / RESULTS, json.dumps(report, indent=2, ensure_ascii=False))
     print_table(report["images"], num_classes)
     print(f"\nThe results are in {args.output_dir}")
 
@@ -243,11 +240,10 @@ def check_output_dir(args: argparse.Namespace, pictures: list[Picture]) -> None:
     """Check that no file would be overwritten, unless `--overwrite` is given.
 
     Raises:
-        InputError: the output folder is a file, or contains a file that would be overwritten.
+        InputError: the output folder cannot be written to, or contains a file that would be overwritten.
     """
     folder = args.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir {folder} is a file. Choose a folder.")
+    refuse_unwritable(folder)
     wanted = [RESULTS, *(name for picture in pictures for name in file_names(picture, args.uncertainty).values())]
     existing = next((name for name in wanted if (folder / name).exists()), None)
     if existing is not None and not args.overwrite:

@@ -15,11 +15,10 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..errors import InputError, PushError
 from ..hub import create_repo, push_command, push_in_background
 from ..inference import load_for_inference
 from ..model_card import CardData, pictures_in
-from .ending import ends_at_ctrl_c, fail
+from .ending import one_line
 from .parser import OneLineParser
 
 
@@ -60,7 +59,7 @@ def push(
     return push.result().repo_url  # ctrl-C interrupts this wait, but not the push itself
 
 
-@ends_at_ctrl_c
+@one_line()
 def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
     parser = OneLineParser(
@@ -72,7 +71,4 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="Make a new repository private.")
     parser.add_argument("--revision", help="Branch to push to. Default: main.")
     parser.add_argument("--leave_out", nargs="*", default=[], help="Patterns of files that are not pushed.")
-    try:
-        print(f"pushed: {push(**vars(parser.parse_args(argv)))}")
-    except (InputError, PushError) as error:
-        fail(error)
+    print(f"pushed: {push(**vars(parser.parse_args(argv)))}")

@@ -15,19 +15,18 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, set_seed
 
 from ..checkpoints import is_complete_checkpoint, last_complete_checkpoint
 from ..config import PALSConfig
 from ..data import FractionManifest, SegmentationData, SegmentationStream
 from ..data.fractions import MANIFEST
-from ..errors import InputError, PushError, TrainingError, first_line
+from ..errors import InputError
 from ..files import atomic_write_text
 from ..hub import push_in_background
 from ..model_card import CardFacts
@@ -43,7 +42,7 @@ from ..run_folder import (
 )
 from ..trainer import PALSTrainer
 from .arguments import TrainArguments
-from .ending import ends_at_ctrl_c, fail, is_main_process, leave
+from .ending import is_main_process, leave, one_line
 from .parser import OptionParser, with_recipe
 from .report import SKIPPED, load_finished, report
 from .train_data import build_datasets, build_streams, load_data
@@ -52,7 +51,6 @@ from .train_data import build_datasets, build_streams, load_data
 LEARNING_RATE_OF_RANDOM_WEIGHTS = 2e-3
 
 
-@ends_at_ctrl_c
 def main(argv: list[str] | None = None, arguments: type[TrainArguments] = TrainArguments) -> None:
     """Run the program.
 
@@ -60,22 +58,31 @@ def main(argv: list[str] | None = None, arguments: type[TrainArguments] = TrainA
         argv: the command line. Default: that of this process.
         arguments: the dataclass of the options; a study has more of them.
     """
-    try:
-        args, config = parse_arguments(sys.argv[1:] if argv is None else argv, arguments)
+    argv, trainer = sys.argv[1:] if argv is None else argv, None
+    with one_line(lambda: trainer is None or not trainer.has_stepped, argv):
+        args, config = parse_arguments(argv, arguments)
         set_threads(args.num_threads)
         start = choose_output_dir(args, config)
+        is_new = not Path(config.output_dir).exists()
         data, manifest = load_data(args)
-        trainer = build_trainer(args, config, data, manifest)
+        try:
+            trainer = build_trainer(args, config, data, manifest)
+            has_ended = not args.eval_only and is_finished(trainer, manifest)
+            if not (args.eval_only or has_ended):
+                trainer.dry_run()
+        except BaseException:
+            if is_new and is_main_process():  # transformers creates the folder
+                remove_if_empty(Path(config.output_dir))
+            raise
         alone = lock_output_dir(config.output_dir) if is_main_process() else nullcontext()
         if args.eval_only:
             with alone:
                 report(trainer, data, trainer.evaluate(), args.model_name_or_path)
-        elif is_finished(trainer, manifest):
+        elif has_ended:
             leave_alone(trainer)
         else:
             if start and is_main_process():
                 print(start, flush=True)
-            trainer.dry_run()
             with alone:
                 prepare_output_dir(args, config, data, manifest)
                 with saying_how_to_resume(trainer):
@@ -83,11 +90,12 @@ def main(argv: list[str] | None = None, arguments: type[TrainArguments] = TrainA
                     report(trainer, data, trainer.evaluate(), config.output_dir)
                     if config.push_to_hub:
                         push(trainer)
-    except (InputError, TrainingError, PushError) as error:
-        fail(error)
-    except (OSError, SafetensorError) as error:  # a full disk, or a folder that somebody has deleted
-        fail(TrainingError(f"a file of the run cannot be read or written: {first_line(error)}"))
-    trainer.end()
+        trainer.end()
+
+
+def remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # it holds files
+        folder.rmdir()
 
 
 def parse_arguments(argv: list[str], arguments: type[TrainArguments]) -> tuple[TrainArguments, PALSConfig]:
@@ -96,9 +104,26 @@ def parse_arguments(argv: list[str], arguments: type[TrainArguments]) -> tuple[T
     parser.set_defaults(output_dir="")  # stands for a new folder
     argv = with_recipe(argv, parser)
     args, config = parser.parse(argv)
+    refuse_other_tasks(args, config, parser, argv)
+    if config.learning_rate == 0 and not args.eval_only:  # in Python, it may be a probe
+        raise InputError("learning_rate must be positive, got 0: the network would stay as it is")
     if args.has_random_weights and not parser.is_given("learning_rate", argv):
         config.learning_rate = LEARNING_RATE_OF_RANDOM_WEIGHTS
     return args, config
+
+
+def refuse_other_tasks(args: TrainArguments, config: PALSConfig, parser: OptionParser, argv: list[str]) -> None:
+    """Refuse do_train, do_eval and do_predict where they ask for something else than this program does."""
+    does = {"do_train": not args.eval_only, "do_eval": True, "do_predict": False}
+    asked = {name: getattr(config, name) for name in does if parser.is_given(name, argv)}
+    for name, value in asked.items():
+        if value != does[name]:
+            raise InputError(
+                f"{name} {value} has no effect here. This program trains and scores, or with --eval_only scores; "
+                "`pals-hf predict` segments images"
+            )
+    if asked.get("do_eval") and not asked.get("do_train") and not args.eval_only:
+        raise InputError("do_eval without do_train would still train. Use --eval_only to score a checkpoint")
 
 
 def set_threads(num_threads: int | None) -> None:
@@ -158,19 +183,16 @@ def build_trainer(
             raise InputError("early_stopping_patience needs --load_best_model_at_end True")
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
     build = build_streams if args.streaming else build_datasets
-    try:
-        train_dataset, eval_dataset = build(args, config, data, manifest, processor)
-        return PALSTrainer(
-            model,
-            config,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processor,
-            callbacks=callbacks,
-            card_facts=card_facts(args, data, manifest),
-        )
-    except ValueError as error:  # arguments that exclude each other, or a service in report_to that is not installed
-        raise InputError(str(error)) from error
+    train_dataset, eval_dataset = build(args, config, data, manifest, processor)
+    return PALSTrainer(
+        model,
+        config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        callbacks=callbacks,
+        card_facts=card_facts(args, data, manifest),
+    )
 
 
 def card_facts(

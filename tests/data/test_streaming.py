@@ -231,3 +231,12 @@ class TestTraining:
             InputError, match=f"1 of {len(ids)} selected images are not in the stream, e.g. 'elsewhere'"
         ):
             ids_of(streamed(stream, ids=ids, repeat=True))
+
+    def test_a_rehearsal_does_not_move_the_stream(self, stream, tmp_path):
+        plain = self.trainer(stream, tmp_path)
+        plain.train()
+        rehearsed = self.trainer(stream, tmp_path)
+        rehearsed.dry_run()
+        rehearsed.train()
+        weights = zip(plain.model.parameters(), rehearsed.model.parameters(), strict=True)
+        assert all(torch.equal(one, other) for one, other in weights)
