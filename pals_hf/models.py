@@ -77,7 +77,7 @@ def build_model(
         if all(name == f"LABEL_{index}" for index, name in names.items()):
             logger.warning("%s does not name its classes. Its head is kept, in the order of the data.", name_or_path)
         else:
-            other = f"{name_or_path} has a head for other classes ({_listed(names)})"
+            other = f"{name_or_path} has a head for other classes ({listed(names)})"
             logger.warning("%s. The training starts with a new head.", other)
             new.add(classifier)
     _start_new_classifier(model, new)
@@ -117,12 +117,13 @@ def refuse_other_classes(checkpoint: str, model: PreTrainedModel, id2label: dict
     names = model.config.id2label
     if not match_classes(model, names, id2label):
         raise InputError(
-            f"{checkpoint} predicts the classes {_listed(names)}, but the data set has {_listed(id2label)}. Choose a "
+            f"{checkpoint} predicts the classes {listed(names)}, but the data set has {listed(id2label)}. Choose a "
             "checkpoint of the same classes, or name the classes of the data set alike."
         )
 
 
-def _listed(names: dict[int, str]) -> str:
+def listed(names: dict[int, str]) -> str:
+    """Return the classes with their indices, for a message."""
     return ", ".join(f"{index}: {names[index]}" for index in sorted(names))
 
 

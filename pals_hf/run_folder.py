@@ -22,6 +22,7 @@ from .errors import InputError
 from .files import refuse_unwritable
 from .hub import download_checkpoint
 from .model_card import CARD_DATA, PICTURES, CardData, is_hub_id
+from .models import listed
 
 RESULTS = "eval_results.json"  # the last file that a run writes, so that with it the run is finished
 LOCK = "_lock"  # names that begin with an underscore are not pushed to the Hub
@@ -133,12 +134,14 @@ def refuse_other_run(run_dir: Path, checkpoint: Path | None, overwrite: bool = F
         )
 
 
-def refuse_other_training(checkpoint: Path, config: PALSConfig, manifest: FractionManifest | None) -> None:
-    """Refuse to resume a run with other training images or another loss, even if only the defaults have changed.
+def refuse_other_training(
+    checkpoint: Path, config: PALSConfig, manifest: FractionManifest | None, id2label: dict[int, str]
+) -> None:
+    """Refuse to resume a run with other images, classes or another loss, even if only the defaults have changed.
 
     Raises:
-        InputError: `checkpoint` is damaged, or was trained on other images, with another loss, or with a setting that
-            this version does not have.
+        InputError: `checkpoint` is damaged, or was trained on other images, on other classes (in a stream, the images
+            do not tell), with another loss, or with a setting that this version does not have.
     """
     refuse_damaged(checkpoint)
     recorded = checkpoint / MANIFEST
@@ -148,6 +151,11 @@ def refuse_other_training(checkpoint: Path, config: PALSConfig, manifest: Fracti
     if not (checkpoint / CARD_DATA).exists():
         return
     card = CardData.load(checkpoint)
+    if card.id2label != id2label:
+        raise InputError(
+            f"{checkpoint} was trained on the classes {listed(card.id2label)}, but the data set has "
+            f"{listed(id2label)}. Name them as before, or start a new run."
+        )
     began, now = {"loss": card.loss, **card.loss_settings}, {"loss": config.loss, **config.loss_settings}
     other = {name: value for name, value in began.items() if now.get(name) != value}
     if gone := [name for name in other if not hasattr(config, name)]:

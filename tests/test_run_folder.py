@@ -66,6 +66,9 @@ class TestOneRunAFolder:
             pass
 
 
+LABELS = {index: f"LABEL_{index}" for index in range(4)}  # of the network in these tests
+
+
 class TestOtherTraining:
     def checkpoint(self, tmp_path, **options):
         model = tiny_segformer()
@@ -75,7 +78,7 @@ class TestOtherTraining:
 
     def test_goes_on_with_the_same_loss(self, tmp_path):
         options = {"affinity": {"keys": 500}, "distill_unlabeled": True}
-        refuse_other_training(self.checkpoint(tmp_path, **options), config(tmp_path / "run", **options), None)
+        refuse_other_training(self.checkpoint(tmp_path, **options), config(tmp_path / "run", **options), None, LABELS)
 
     @pytest.mark.parametrize(
         ("began", "flag"),
@@ -87,7 +90,7 @@ class TestOtherTraining:
     )
     def test_refuses_another_loss(self, tmp_path, began, flag):
         with pytest.raises(InputError, match=rf"was trained with another loss\. Resume it with {flag}, or start"):
-            refuse_other_training(self.checkpoint(tmp_path, **began), config(tmp_path / "run"), None)
+            refuse_other_training(self.checkpoint(tmp_path, **began), config(tmp_path / "run"), None, LABELS)
 
     def test_refuses_a_setting_that_does_not_exist_any_more(self, tmp_path):
         """No flag that could be advised would be accepted."""
@@ -97,7 +100,13 @@ class TestOtherTraining:
         card["loss_settings"] |= {"tau": 0.1, "beta": 0.3}
         (checkpoint / CARD_DATA).write_text(json.dumps(card))
         with pytest.raises(InputError, match=r"by another version of pals_hf, with tau=0\.1, which.*Start a new run"):
-            refuse_other_training(checkpoint, config(tmp_path / "run"), None)
+            refuse_other_training(checkpoint, config(tmp_path / "run"), None, LABELS)
+
+    def test_refuses_other_classes(self, tmp_path):
+        """Also the same ones in another order: the outputs have learned the first one."""
+        other = {0: "LABEL_1", 1: "LABEL_0", 2: "LABEL_2", 3: "LABEL_3"}
+        with pytest.raises(InputError, match=r"on the classes 0: LABEL_0, .* but the data set has 0: LABEL_1, "):
+            refuse_other_training(self.checkpoint(tmp_path), config(tmp_path / "run"), None, other)
 
     def test_every_option_of_the_loss_is_compared(self, tmp_path):
         options = inspect.signature(PALSLoss).parameters.keys() - {"ignore_index", "class_weights"}

@@ -223,7 +223,7 @@ def is_finished(trainer: PALSTrainer, manifest: FractionManifest | None) -> bool
     config, checkpoint = trainer.args, checkpoint_of(trainer.args)
     if checkpoint is None:
         return False
-    refuse_other_training(checkpoint, config, manifest)
+    refuse_other_training(checkpoint, config, manifest, trainer.model.config.id2label)
     is_done = has_results(Path(config.output_dir), checkpoint) and trainer.has_all_steps(checkpoint)
     return broadcast_object_list([is_done])[0]
 
