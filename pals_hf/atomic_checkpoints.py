@@ -134,7 +134,8 @@ class AtomicCheckpointTrainer(Trainer):
         steps = self.args.max_steps
         if steps <= 0:
             *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        return self._is_over(TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)), steps)
+        with loading_checkpoint(str(checkpoint)):
+            return self._is_over(TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)), steps)
 
     def _is_over(self, state: TrainerState, max_steps: int) -> bool:
         has_stopped_early = any(
@@ -163,9 +164,10 @@ class AtomicCheckpointTrainer(Trainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         is_resumed = resume_from_checkpoint is not None
-        for callback in self._early_stopping():
-            callback.early_stopping_patience_counter = _failures(self.state, callback) if is_resumed else 0
-        return (num_train_epochs, 0) if is_resumed and self._is_over(self.state, max_steps) else position
+        with loading_checkpoint(resume_from_checkpoint):
+            for callback in self._early_stopping():
+                callback.early_stopping_patience_counter = _failures(self.state, callback) if is_resumed else 0
+            return (num_train_epochs, 0) if is_resumed and self._is_over(self.state, max_steps) else position
 
     # ---- Loading ----
 
@@ -233,8 +235,8 @@ class AtomicCheckpointTrainer(Trainer):
 
 def _failures(state: TrainerState, callback: EarlyStoppingCallback) -> int:
     """Return how many evaluations in a row were no better than the best one, when a checkpoint was saved."""
-    saved = state.stateful_callbacks.get(type(callback).__name__) or {}
-    return saved.get("attributes", {}).get("early_stopping_patience_counter", 0) if isinstance(saved, dict) else 0
+    saved = state.stateful_callbacks.get(type(callback).__name__) or {}  # a list, if there are several
+    return saved["attributes"]["early_stopping_patience_counter"] if isinstance(saved, dict) and saved else 0
 
 
 class _BestCheckpointCallback(TrainerCallback):

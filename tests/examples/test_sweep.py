@@ -102,7 +102,7 @@ def test_the_token_reaches_the_training_and_no_file(tmp_path, monkeypatch):
         assert found.pop() == "hf_ofTheRecipe"
     assert os.environ["HF_TOKEN"] == "hf_of_the_user"
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) == 2
+    assert {path.name for path in files} == {"seed=0.flags.json", "seed=0.lock", "seed=0.log"}
     assert not any("hf_ofTheRecipe" in path.read_text() for path in files)
 
 
