@@ -180,7 +180,8 @@ class _PreemptionCallback(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         # The loop ends here after a signal, usually in the middle of an epoch. With save_strategy="best", the
         # Trainer overwrites should_save whenever it evaluates, so the checkpoint cannot be requested in on_step_end.
-        self._stop_if_told(control)
+        if state.global_step >= state.max_steps:  # the signal may have come in the evaluation after the last step
+            self._stop_if_told(control)
         if self.trainer.terminated:
             control.should_log = control.should_evaluate = False
             control.should_save = self.saved_step != state.global_step

@@ -274,6 +274,7 @@ def test_ctrl_c_during_a_push(server, tmp_path):
 
 
 def test_a_server_that_stops_answering_is_given_up():
+    close_session()  # maybe of another test
     assert get_session().timeout.read is None  # as the client sets it
     try:
         assert _persistently(lambda: 1, "a/b", None, None, "later") == 1

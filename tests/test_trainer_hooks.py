@@ -90,6 +90,33 @@ def test_load_from_checkpoint_finds_weights_under_their_old_names(trained, tmp_p
         trained._load_from_checkpoint(str(file.parent))
 
 
+def refuses_damage(trained, tmp_path, name, load):
+    checkpoint = tmp_path / "checkpoint-1"
+    (checkpoint / name).write_bytes(b"damaged")
+    with pytest.raises(InputError, match=rf"^checkpoint {checkpoint} cannot be loaded: .*Resume from an earlier"):
+        load(str(checkpoint))
+
+
+def test_load_optimizer_and_scheduler_names_a_damaged_checkpoint(trained, tmp_path):
+    refuses_damage(trained, tmp_path, "optimizer.pt", trained._load_optimizer_and_scheduler)
+
+
+def test_load_rng_state_names_a_damaged_checkpoint(trained, tmp_path):
+    refuses_damage(trained, tmp_path, "rng_state.pth", trained._load_rng_state)
+
+
+def test_load_scaler_names_a_damaged_checkpoint(trained, tmp_path):
+    trained.accelerator.scaler = torch.amp.GradScaler("cpu")
+    refuses_damage(trained, tmp_path, "scaler.pt", trained._load_scaler)
+
+
+def test_load_callback_state_names_a_damaged_checkpoint(trained, tmp_path):
+    trained.args.restore_callback_states_from_checkpoint = True
+    trained._resumed_from, trained.state.stateful_callbacks = tmp_path / "checkpoint-1", {"DefaultFlowCallback": 5}
+    with pytest.raises(InputError, match=rf"^checkpoint {tmp_path / 'checkpoint-1'} cannot be loaded: "):
+        trained._load_callback_state()
+
+
 @pytest.mark.parametrize("terminated", [True, False])
 def test_load_best_model_unless_the_run_will_be_resumed(trained, tmp_path, terminated):
     best, trained.terminated = weights(trained.model), terminated
@@ -148,6 +175,10 @@ TESTS = {
     "_get_output_dir": test_get_output_dir_is_temporary_while_a_checkpoint_is_written,
     "_hp_search_setup": test_hp_search_setup_builds_the_loss_of_the_trial,
     "_init_training_state": (test_checkpoints.TestResume.test_init_training_state_leaves_no_step_if_all_are_done),
+    "_load_callback_state": test_load_callback_state_names_a_damaged_checkpoint,
+    "_load_optimizer_and_scheduler": test_load_optimizer_and_scheduler_names_a_damaged_checkpoint,
+    "_load_rng_state": test_load_rng_state_names_a_damaged_checkpoint,
+    "_load_scaler": test_load_scaler_names_a_damaged_checkpoint,
     "_load_best_model": test_load_best_model_unless_the_run_will_be_resumed,
     "_load_from_checkpoint": test_load_from_checkpoint_finds_weights_under_their_old_names,
     "_push_from_checkpoint": test_push_from_checkpoint_waits_until_the_checkpoint_is_complete,
