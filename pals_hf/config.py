@@ -34,6 +34,7 @@ _LIMITS = {
     "data_seed": _SEED,
     "ignore_index": _ANY,
     "dataloader_num_workers": (0, MOST_WORKERS),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps", "warmup_steps"), (0, LARGEST)),
     **dict.fromkeys(("dataloader_prefetch_factor", "eval_accumulation_steps", "ddp_bucket_cap_mb"), (1, LARGEST)),
 }
 
