@@ -117,8 +117,15 @@ def fail(error: InputError | TrainingError | PushError) -> NoReturn:
     if logging.get_verbosity() <= logging.DEBUG:
         traceback.print_exception(error)
     text = _TOKEN.sub("<TOKEN>", " ".join(message_of(error).split()))
+    _end_progress_bar()
     print(f"error: {text}", file=sys.stderr, flush=True)
     sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def _end_progress_bar() -> None:
+    """Begin a line of its own for what comes next."""
+    if getattr(sys.stderr, "is_in_a_line", False):
+        print(file=sys.stderr, flush=True)
 
 
 def ends_at_ctrl_c(main: Callable[..., None]) -> Callable[..., None]:
@@ -162,6 +169,7 @@ def leave(number: signal.Signals, what_now: str = "") -> NoReturn:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # another ctrl-C ends the program while it cleans up
     if is_main_process():
+        _end_progress_bar()
         print(f"stopped by {number.name}{what_now and '; '}{what_now}", flush=True)
     others = set(threading.enumerate()) - {threading.main_thread()}
     if number == signal.SIGINT and not all(thread.daemon for thread in others):
@@ -183,6 +191,7 @@ class _PatientStream:
 
     def __init__(self, stream: TextIO):
         self._stream = stream
+        self.is_in_a_line = False
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
@@ -191,6 +200,7 @@ class _PatientStream:
 
     def write(self, text: str) -> int:
         self._unless_closed(lambda: self._stream.write(text))
+        self.is_in_a_line = not text.endswith("\n") if text else self.is_in_a_line
         return len(text)
 
     def flush(self) -> None:

@@ -149,7 +149,8 @@ class TestFinished:
         assert json.loads((output / "train_results.json").read_text())["train_loss"] is None
         assert (output / "README.md").exists()
 
-    @pytest.mark.parametrize("is_killed", [True, pytest.param(False, marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("is_killed", [True, False])
     def test_early_stopping(self, folder, tmp_path, is_killed):
         """A run that stopped early is finished, unless it gets more patience. A kill does not renew its patience."""
         output = tmp_path / "run"
