@@ -177,12 +177,16 @@ class AtomicCheckpointTrainer(Trainer):
         Raises:
             InputError: a file of the checkpoint cannot be loaded.
         """
+        self._resumed_from = self._checkpoint_named(resume_from_checkpoint)
+        if self._resumed_from is not None:
+            refuse_damaged(self._resumed_from)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _checkpoint_named(self, resume_from_checkpoint: str | bool | None) -> Path | None:
+        """Return the checkpoint that `train` resumes from. True names the newest one in `args.output_dir`."""
         is_last = resume_from_checkpoint is True
         checkpoint = get_last_checkpoint(self.args.output_dir) if is_last else resume_from_checkpoint
-        if checkpoint:
-            refuse_damaged(checkpoint)
-        self._resumed_from = Path(checkpoint) if checkpoint else None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return Path(checkpoint) if checkpoint else None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with loading_checkpoint(checkpoint):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
@@ -63,9 +63,8 @@ class PublishingTrainer(AtomicCheckpointTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the parent does. The training time continues from the card of the checkpoint."""
-        is_last = resume_from_checkpoint is True
-        checkpoint = get_last_checkpoint(self.args.output_dir) if is_last else resume_from_checkpoint
-        has_card = bool(checkpoint) and (Path(checkpoint) / CARD_DATA).exists()
+        checkpoint = self._checkpoint_named(resume_from_checkpoint)
+        has_card = checkpoint is not None and (checkpoint / CARD_DATA).exists()
         self._seconds = CardData.load(checkpoint).seconds or 0.0 if has_card else 0.0
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -55,6 +55,7 @@ class TestBuildModel:
         any_model.save_pretrained(tmp_path)
         with caplog.at_level("WARNING"):
             model = build_model(str(tmp_path), dict(enumerate("abcx")))
+        assert "has a head for other classes (0: a, 1: b, 2: c, 3: d). The training starts with a new" in caplog.text
         name, layer = list(ClassifierTap(model).layers.items())[-1]
         assert not torch.equal(layer.weight, any_model.state_dict()[f"{name}.weight"])
 

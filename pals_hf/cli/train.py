@@ -47,7 +47,7 @@ from .parser import OptionParser, with_recipe
 from .report import SKIPPED, load_finished, report
 from .train_data import build_datasets, build_streams, load_data
 
-# PALSConfig's default is for pretrained backbones. With it, the quick start's network learns no small classes.
+# PALSConfig's default is for pretrained backbones.
 LEARNING_RATE_OF_RANDOM_WEIGHTS = 2e-3
 
 

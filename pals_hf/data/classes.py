@@ -171,8 +171,9 @@ class Classes:
             InputError: both the values in the file and the greys in its palette may be class indices.
         """
         values, palette = _stored_values(mask), _palette_of(mask)
-        is_grey = all(len(set(palette[value])) == 1 for value in np.unique(values).tolist() if value in palette)
-        if not palette or not is_grey:
+        if not palette:
+            return values
+        if not all(len(set(palette[value])) == 1 for value in np.unique(values).tolist() if value in palette):
             return values
         greys = np.arange(max(values.max(initial=0) + 1, 256))
         for value, (grey, *_) in palette.items():
