@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ..errors import InputError
-from ..files import walk
+from ..files import read_bytes, walk
 
 _IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm")
 _IMAGE_SUFFIXES += (".tif", ".tiff", ".webp")
@@ -311,7 +311,7 @@ def _unreadable(error: OSError) -> None:
 
 def _read_ids(path: Path) -> list[str]:
     try:
-        return [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return [line.split()[0] for line in read_bytes(path).decode("utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
 

@@ -85,13 +85,18 @@ def _read_folder(folder: Path, id2label, palette, void_labels: tuple[int, ...]) 
         if split != "test":
             fingerprints[split] = fingerprint_of_files([*columns["image"], *columns["labels"]])
     # Other data is often kept in the structure of a known data set, with class names of its own.
-    is_own = layout.catalog_name is None or any((layout.root / name).is_file() for name in _NAMES_OF_CLASSES)
+    home = next((place for place in (layout.root, folder) if _names_classes(place)), layout.root)
+    is_own = layout.catalog_name is None or _names_classes(home)
     if is_own or palette is not None or id2label is not None:
-        classes = _read_classes(id2label, palette, layout.root, void_labels)
+        classes = _read_classes(id2label, palette, home, void_labels)
     else:
         classes = Classes.known(layout.catalog_name, void_labels)
     name = folder.resolve().name if is_own else layout.name
     return Source(name, splits, classes, fingerprints, notes=layout.notes)
+
+
+def _names_classes(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _NAMES_OF_CLASSES)
 
 
 def _read_columns(

@@ -150,6 +150,13 @@ class TestOwnDataInAKnownStructure:
         raw = np.array(PILImage.open(root / "annotations/training/ADE_train_00000001.png"))
         assert np.array_equal(masks_of(data.train)[0] == 1, raw == 3)
 
+    def test_class_names_beside_the_known_structure(self, tmp_path):
+        """In the folder that was given, which holds the known one."""
+        data_sets.ade20k(tmp_path)
+        (tmp_path / "id2label.json").write_text(json.dumps({"1": "crack", "3": "rust", "150": "paint"}))
+        data = load_segmentation_dataset(dataset_dir=tmp_path, void_labels=[0])
+        assert (data.id2label, data.license) == ({0: "crack", 1: "rust", 2: "paint"}, None)
+
     def test_palette(self, tmp_path):
         root = data_sets.voc2012(tmp_path) / "VOCdevkit" / "VOC2012"
         for path in (root / "SegmentationClass").iterdir():
