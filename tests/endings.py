@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 import time
 
 import datasets
@@ -11,7 +12,7 @@ from torch.utils.data import IterableDataset
 
 import pals_hf.cli.train  # noqa: F401
 from pals_hf import PALSTrainer
-from pals_hf.cli.ending import ends_at_ctrl_c
+from pals_hf.cli.ending import ends_at_ctrl_c, one_line
 from pals_hf.data.caching import cached_map
 from pals_hf.errors import InputError
 
@@ -87,3 +88,18 @@ def _double_slowly(row):
     print("called", flush=True)
     time.sleep(0.02)
     return {"x": 2 * row["x"]}
+
+
+@one_line()
+def is_interrupted_beside_a_progress_bar(arguments):
+    """The bar is of a thread that would outlive the main one, like those of uploads to the Hub."""
+
+    def draw():
+        while True:
+            sys.stderr.write("\r50 %")
+            sys.stderr.flush()
+
+    sys.setswitchinterval(1e-6)  # so that it draws at any moment
+    threading.Thread(target=draw).start()
+    time.sleep(0.2)
+    signal.raise_signal(signal.SIGINT)

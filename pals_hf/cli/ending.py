@@ -122,10 +122,10 @@ def fail(error: InputError | TrainingError | PushError) -> NoReturn:
     sys.exit(2 if isinstance(error, InputError) else 1)
 
 
-def _end_progress_bar() -> None:
-    """Begin a line of its own for what comes next."""
-    if getattr(sys.stderr, "is_in_a_line", False):
-        print(file=sys.stderr, flush=True)
+def _end_progress_bar(is_last: bool = False) -> None:
+    """Begin a line of its own for what comes next, and with `is_last` let nothing else follow on standard error."""
+    if isinstance(sys.stderr, _PatientStream):
+        sys.stderr.end_line(is_last)
 
 
 def ends_at_ctrl_c(main: Callable[..., None]) -> Callable[..., None]:
@@ -168,13 +168,13 @@ def leave(number: signal.Signals, what_now: str = "") -> NoReturn:
     """End a program that a signal has stopped, with one line and the exit code of a shell."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # another ctrl-C ends the program while it cleans up
-    if is_main_process():
-        _end_progress_bar()
-        print(f"stopped by {number.name}{what_now and '; '}{what_now}", flush=True)
     others = set(threading.enumerate()) - {threading.main_thread()}
-    if number == signal.SIGINT and not all(thread.daemon for thread in others):
-        sys.stderr.flush()
-        os._exit(128 + number)  # sys.exit() would wait for them, and one may be pushing
+    is_abrupt = number == signal.SIGINT and not all(thread.daemon for thread in others)
+    if is_main_process():
+        _end_progress_bar(is_last=is_abrupt)  # the other threads still draw theirs
+        print(f"stopped by {number.name}{what_now and '; '}{what_now}", flush=True)
+    if is_abrupt:
+        os._exit(128 + number)  # sys.exit() would wait for the other threads, and one may be pushing
     sys.exit(128 + number)
 
 
@@ -191,7 +191,8 @@ class _PatientStream:
 
     def __init__(self, stream: TextIO):
         self._stream = stream
-        self.is_in_a_line = False
+        self._lock = threading.RLock()
+        self._is_in_a_line = self._has_ended = False
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
@@ -199,9 +200,18 @@ class _PatientStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._unless_closed(lambda: self._stream.write(text))
-        self.is_in_a_line = not text.endswith("\n") if text else self.is_in_a_line
+        with self._lock:
+            if text and not self._has_ended:
+                self._unless_closed(lambda: self._stream.write(text))
+                self._is_in_a_line = not text.endswith("\n")
         return len(text)
+
+    def end_line(self, is_last: bool) -> None:
+        with self._lock:
+            if self._is_in_a_line:
+                self.write("\n")
+            self.flush()
+            self._has_ended = is_last
 
     def flush(self) -> None:
         self._unless_closed(self._stream.flush)

@@ -153,6 +153,13 @@ def test_an_interrupt_that_python_drops(zygote, tmp_path):
     assert run.finish(timeout=30) == (130, "stopped by SIGINT\n")
 
 
+def test_threads_draw_nothing_behind_the_last_line(zygote, tmp_path):
+    run = zygote.start("endings:is_interrupted_beside_a_progress_bar", log=tmp_path / "log")
+    code, printed = run.finish(timeout=30)
+    assert (code, printed.splitlines()[-1]) == (130, "stopped by SIGINT")
+    assert "50 %\nstopped" in printed
+
+
 @pytest.mark.parametrize("flags", [["--hub_tokn", TOKEN], [TOKEN], ["--push_to_hub", TOKEN]])
 def test_errors_quote_no_token(flags):
     result = call(train.main, *flags)
