@@ -11,6 +11,7 @@ from torch import Tensor
 from .functional.fused import is_labelled, tiles, widest_float
 
 NUM_BINS = 15
+THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)  # of confidence, from which on users may trust a pixel
 BOUNDARY_SHARE = 0.02  # width of the contour region as a share of the image diagonal
 
 
@@ -27,13 +28,16 @@ def calibration_sums(logits: Tensor, labels: Tensor, ignore_index: int = 255, nu
         num_bins: number of bins of equal width.
 
     Returns:
-        `(C + 2, num_bins, 3)` of [`widest_float`]. Row c < C: for each bin of the probability of class c, the number
+        `(C + 3, num_bins, 3)` of [`widest_float`]. Row c < C: for each bin of the probability of class c, the number
         of pixels, the sum of the probabilities, and the number of pixels labelled c. Row C: the same for the most
-        likely class. Row C + 1: the first entry is the sum of the Brier scores of all pixels, and the rest is 0.
+        likely class. Row C + 1: the same for the pixels whose most likely class has at least the probability
+        `THRESHOLDS[k]`, at entry k. Row C + 2: the first entry is the sum of the Brier scores of all pixels. The rest
+        is 0.
     """
     z, classes = logits.float(), logits.shape[1]
     dtype = widest_float(logits.device)
-    sums = torch.zeros(classes + 2, num_bins, 3, dtype=dtype, device=logits.device)
+    sums = torch.zeros(classes + 3, num_bins, 3, dtype=dtype, device=logits.device)
+    thresholds = torch.tensor(THRESHOLDS, dtype=dtype, device=logits.device)
     offsets = torch.arange(classes, device=logits.device)[:, None] * num_bins
     for tile in tiles(z, labels):
         labelled = is_labelled(tile.labels, ignore_index)
@@ -44,8 +48,12 @@ def calibration_sums(logits: Tensor, labels: Tensor, ignore_index: int = 255, nu
         sums[:classes] += _by_bin((bins + offsets).flatten(), p.flatten(), hits, classes, num_bins)
         confidence, prediction = p.max(dim=0)
         best = bins.gather(0, prediction[None])[0]
-        sums[classes] += _by_bin(best, confidence, best[prediction == y], 1, num_bins)[0]
-        sums[classes + 1, 0, 0] += (p * p).sum() - 2 * p.gather(0, y[None]).sum() + len(y)
+        is_right = prediction == y
+        sums[classes] += _by_bin(best, confidence, best[is_right], 1, num_bins)[0]
+        reached = torch.bucketize(confidence, thresholds, right=True)  # how many of them
+        by_reached = _by_bin(reached, confidence, reached[is_right], 1, len(THRESHOLDS) + 1)[0]
+        sums[classes + 1, : len(THRESHOLDS)] += by_reached.flip(0).cumsum(0).flip(0)[1:]
+        sums[classes + 2, 0, 0] += (p * p).sum() - 2 * p.gather(0, y[None]).sum() + len(y)
     return sums
 
 
@@ -71,20 +79,28 @@ def calibration_metrics(sums: Tensor) -> dict[str, Any]:
       Temperature Scaling. NeurIPS 2019)
     - `brier`: the mean over pixels of `sum_c (p_c - y_c)^2`, 0 to 2
     - `reliability`: for each bin of `ece` its share of the pixels, `p_b` and `h_b`, which are None for empty bins
+    - `confident_pixels`: for each of [`THRESHOLDS`] the threshold, the share of the pixels whose most likely class has
+      at least this probability, and their accuracy, which is None without such a pixel
 
     Without a labelled pixel the first three are NaN.
     """
     sums = sums.cpu().double()
-    pixels = sums[-2, :, 0].sum()
-    gaps = (sums[:-1, :, 1] - sums[:-1, :, 2]).abs().sum(dim=1) / pixels
+    *_, confidence, certain, (brier, *_) = sums
+    pixels = confidence[:, 0].sum()
+    gaps = (sums[:-2, :, 1] - sums[:-2, :, 2]).abs().sum(dim=1) / pixels
     reliability = [
-        [float(n / pixels), float(p / n), float(hits / n)] if n > 0 else [0.0, None, None] for n, p, hits in sums[-2]
+        [float(n / pixels), float(p / n), float(hits / n)] if n > 0 else [0.0, None, None] for n, p, hits in confidence
+    ]
+    confident = [
+        [threshold, float(n / pixels), float(hits / n) if n > 0 else None]
+        for threshold, (n, _, hits) in zip(THRESHOLDS, certain, strict=False)
     ]
     return {
         "ece": gaps[-1].item(),
         "classwise_ece": gaps[:-1].mean().item(),
-        "brier": (sums[-1, 0, 0] / pixels).item(),
+        "brier": (brier[0] / pixels).item(),
         "reliability": reliability,
+        "confident_pixels": confident,
     }
 
 

@@ -16,7 +16,7 @@ from .functional import PADDING_INDEX, Affinity
 from .losses import PRESETS
 from .options import EVALUATION, LARGEST, LOSS, MOST_WORKERS, TRAINING, check_numbers, option
 
-LOSSES = ("pals", "self_distillation", "ce", "label_smoothing")
+LOSSES = ("pals", "self_distillation", "ce", "label_smoothing", "focal", "margin")
 ERRORS = ("loss", "ece", "brier")  # endings of the metrics of which less is better
 POLY = {"power": 0.9, "lr_end": 0.0}  # the usual schedule of segmentation
 
@@ -97,8 +97,8 @@ class PALSConfig(TrainingArguments):
     loss: str = option(
         "pals",
         LOSS,
-        "Training loss: `pals`, `self_distillation` (PALS without comparing pixels), `ce` (cross-entropy) or "
-        "`label_smoothing`.",
+        "Training loss: `pals`, `self_distillation` (PALS without comparing pixels), `ce` (cross-entropy), "
+        "`label_smoothing`, `focal` or `margin` (margin-based label smoothing).",
         choices=LOSSES,
     )
     preset: str = option(
@@ -132,6 +132,13 @@ class PALSConfig(TrainingArguments):
     smoothing: float = option(
         0.1, LOSS, "Label smoothing: probability that is spread evenly over all classes.", advanced=True
     )
+    focal_gamma: float = option(
+        3.0, LOSS, "Focal loss: how much less a pixel weighs whose label is predicted with certainty.", advanced=True
+    )
+    margin: float = option(
+        10.0, LOSS, "Margin loss: distance to the largest logit from which on logits are penalised.", advanced=True
+    )
+    margin_weight: float = option(0.1, LOSS, "Margin loss: weight of the penalty.", advanced=True)
     class_weighting: str = option(
         "none",
         LOSS,
@@ -251,8 +258,8 @@ class PALSConfig(TrainingArguments):
         names = ["class_weighting"]
         if self.loss in ("pals", "self_distillation"):
             names = ["beta", "adaptive_beta", "affinity", "distill_unlabeled", *names]
-        if self.loss == "label_smoothing":
-            names = ["smoothing", *names]
+        own = {"label_smoothing": ["smoothing"], "focal": ["focal_gamma"], "margin": ["margin", "margin_weight"]}
+        names = [*own.get(self.loss, []), *names]
         return {name: getattr(self, name) for name in names}
 
     def check(self) -> None:

@@ -44,6 +44,7 @@ _HIGHLIGHTS = {
     "eval_mean_accuracy": "mean accuracy, %",
     "eval_overall_accuracy": "pixel accuracy, %",
 }
+_NO_RESULTS = ("temperature", "calibration_images", "_runtime", "_per_second")  # endings of figures that are no score
 _METRIC_IDS = {"mean_iou": "mean_iou", "mean_accuracy": "accuracy", "overall_accuracy": "accuracy"}  # on the Hub
 # Arguments without influence on the learned weights.
 _NO_SETTINGS = re.compile(
@@ -52,13 +53,15 @@ _NO_SETTINGS = re.compile(
     r"deepspeed|accelerator_config|use_cpu|local_rank|skip_memory_metrics"
 )
 # Settings of the loss that a card always shows. Others are shown only if they differ from their defaults.
-_SAID_SETTINGS = ("beta", "adaptive_beta", "smoothing")
+_SAID_SETTINGS = ("beta", "adaptive_beta", "smoothing", "focal_gamma", "margin", "margin_weight")
 _SAID_OF_AFFINITY = ("tau", "keys", "pairs")
 LOSS_NAMES = {
     "pals": "PALS (pixel-wise adaptive label smoothing)",
     "self_distillation": "self-distillation",
     "ce": "plain cross-entropy",
     "label_smoothing": "cross-entropy with uniformly smoothed labels",
+    "focal": "focal loss",
+    "margin": "cross-entropy with margin-based label smoothing",
 }
 
 
@@ -194,6 +197,24 @@ class CardData:
         said = {name: value for name, value in self.loss_settings.items() if name in _SAID_SETTINGS}
         affinity = self.loss_settings.get("affinity", {}) if self.is_pals else {}
         return said | {name: affinity[name] for name in _SAID_OF_AFFINITY if name in affinity}
+
+    @property
+    def calibration(self) -> list[dict[str, Any]]:
+        """The calibration of the network, and if it was calibrated, first that before: rows of a table."""
+        kinds = {"this checkpoint": "eval_"}
+        if self.metrics.get("eval_temperature"):
+            kinds = {"before calibration": "eval_uncalibrated_", "this checkpoint": "eval_calibrated_"}
+        names = ("ece", "classwise_ece", "loss", "brier")
+        rows = [{"name": kind, **{n: self.metrics.get(prefix + n) for n in names}} for kind, prefix in kinds.items()]
+        return [row for row in rows if None not in row.values()]
+
+    @property
+    def confident_pixels(self) -> list[list[float | None]]:
+        """`confident_pixels` of [`calibration_metrics`], of the network as it is saved."""
+        for name in ("eval_calibrated_confident_pixels", "eval_confident_pixels"):
+            if name in self.metrics:
+                return self.metrics[name]
+        return []
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> CardData:
@@ -357,7 +378,7 @@ def _header(card: CardData):
     figures = {
         name.removeprefix("eval_"): value
         for name, value in sorted(card.metrics.items(), key=lambda item: first.index(item[0]))
-        if name.startswith("eval_") and isinstance(value, int | float) and not _is_speed(name)
+        if name.startswith("eval_") and isinstance(value, int | float) and not name.endswith(_NO_RESULTS)
     }
     dataset = {
         "dataset_type": facts.dataset_id or _slug(facts.dataset or "unknown"),
@@ -391,10 +412,6 @@ def _header(card: CardData):
     )
 
 
-def _is_speed(name: str) -> bool:
-    return name.endswith(("_runtime", "_per_second"))
-
-
 def public_name(name_or_path: str | None) -> str | None:
     """Return the repository of a checkpoint, or the name of its folder without the local path."""
     if not name_or_path:
@@ -412,7 +429,8 @@ def _slug(name: str) -> str:
 
 
 def _figures(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
-    names = _HIGHLIGHTS | ({"eval_ece": "ECE, %"} if "eval_ece" in metrics else {})
+    error = next((key for key in ("eval_calibrated_ece", "eval_ece") if key in metrics), None)
+    names = _HIGHLIGHTS | ({error: "ECE, %"} if error else {})
     return [{"name": name, "text": _percent(metrics[key])} for key, name in names.items() if key in metrics]
 
 

@@ -64,15 +64,17 @@ def build_model(
         if output_stride not in (8, 16, 32):
             raise InputError(f"output_stride must be 8, 16 or 32, got {output_stride}")
         config.output_stride = output_stride
+    if hasattr(config, "calibration_temperature"):
+        del config.calibration_temperature  # training ends what a calibration has done
     if hasattr(config, "use_auxiliary_head"):
         config.use_auxiliary_head = False
     if from_scratch:
         model = new_network(name_or_path, config)
-        _start_new_classifier(model, {f"{_classifier_of(model)[0]}.weight"})
+        _start_new_classifier(model, {f"{classifier_of(model)[0]}.weight"})
         return model
     model, info = load_network(name_or_path, config, dtype=torch.float32)
     new = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
-    classifier = f"{_classifier_of(model)[0]}.weight"
+    classifier = f"{classifier_of(model)[0]}.weight"
     if classifier not in new and not match_classes(model, names, id2label):
         if all(name == f"LABEL_{index}" for index, name in names.items()):
             logger.warning("%s does not name its classes. Its head is kept, in the order of the data.", name_or_path)
@@ -100,7 +102,7 @@ def match_classes(model: PreTrainedModel, names: dict[int, str], id2label: dict[
         if len(set(given)) < len(given) or set(given) != set(wanted):
             return False
         order = [given.index(name) for name in wanted]
-        _, layer = _classifier_of(model)
+        _, layer = classifier_of(model)
         with torch.no_grad():
             for parameter in layer.parameters(recurse=False):
                 parameter.copy_(parameter[order])
@@ -127,7 +129,7 @@ def listed(names: dict[int, str]) -> str:
     return ", ".join(f"{index}: {names[index]}" for index in sorted(names))
 
 
-def _classifier_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
+def classifier_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
     """Return the name and the layer of the classifier. Layers before it may happen to have as many outputs."""
     *_, classifier = ClassifierTap(model).layers.items()
     return classifier

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -28,7 +28,7 @@ from .data.balance import class_weights
 from .errors import InputError, TrainingError, first_line, is_out_of_memory
 from .functional import PADDING_INDEX, is_labelled, soft_label_cross_entropy, upsample_argmax
 from .inference import image_logits
-from .losses import CrossEntropyLoss, LabelSmoothingLoss, PALSLoss, SegmentationLoss
+from .losses import CrossEntropyLoss, FocalLoss, LabelSmoothingLoss, MarginLoss, PALSLoss, SegmentationLoss
 from .metrics import SegmentationMetrics, confusion_matrix, nan_to_none
 from .model_card import CardFacts
 from .models import backbone_of
@@ -38,6 +38,7 @@ from .preemption import PreemptibleTrainer
 from .publishing import PublishingTrainer
 from .rehearsal import rehearse
 from .tap import ClassifierTap, read_network
+from .temperature import Scorer, fold_temperature
 
 logger = logging.get_logger(__name__)
 
@@ -55,6 +56,10 @@ def build_loss(config: PALSConfig, weights: list[float] | None = None) -> Segmen
         )
     if config.loss == "label_smoothing":
         return LabelSmoothingLoss(config.smoothing, **shared)
+    if config.loss == "focal":
+        return FocalLoss(config.focal_gamma, **shared)
+    if config.loss == "margin":
+        return MarginLoss(config.margin, config.margin_weight, **shared)
     return CrossEntropyLoss(**shared)
 
 
@@ -510,6 +515,35 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
         """Forget the images that were scored."""
         self.metrics.reset()
         self._cross_entropy_sum, self._more_sums = 0.0, []
+
+    def calibrate(self, eval_dataset: Any = None) -> dict[str, Any]:
+        """Calibrate the network by one temperature, which is folded into its classifier.
+
+        Call this after the training, in every process, and save the model afterwards. The predicted classes stay the
+        same. See [`temperature`].
+
+        Args:
+            eval_dataset: labelled images that the network was not trained on. Default: `self.eval_dataset`.
+
+        Returns:
+            The temperature, the metrics of the network as it was, like `eval_uncalibrated_ece`, and the cross-fitted
+            ones of the calibrated network, like `eval_calibrated_ece`: see [`Calibration`].
+
+        Raises:
+            InputError: the images do not determine a temperature, or the network cannot be calibrated.
+        """
+        images = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not hasattr(images, "__getitem__") or not hasattr(images, "__len__"):
+            raise InputError("calibration needs images that can be read by their index, not a stream")
+        for buffer in self.model.buffers():
+            broadcast(buffer)  # those of the main process are saved
+        scorer = Scorer(self.model, self.args.ignore_index, self.args.eval_window, self.args.eval_overlap)
+        result = broadcast_object_list([scorer.calibrate(images)])[0]
+        if result.has_effect:
+            fold_temperature(self.model, result.temperature, images[0]["pixel_values"][None].to(self.args.device))
+        metrics = result.metrics(self.card_facts.split)
+        self._evaluation = {**self._evaluation, **metrics}
+        return metrics
 
     def prediction_step(
         self,

@@ -64,7 +64,11 @@ def test_docstring_lists_every_default_that_differs():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("loss", "dice", "loss must be one of pals, self_distillation, ce, label_smoothing, got 'dice'"),
+        (
+            "loss",
+            "dice",
+            "loss must be one of pals, self_distillation, ce, label_smoothing, focal, margin, got 'dice'",
+        ),
         ("preset", "mine", "preset must be one of default, paper"),
         ("affinity", {"tau": 0.0}, "affinity: tau must be positive, got 0.0"),
         ("affinity", {"taus": 0.1}, "affinity: there is no setting 'taus'; the settings are tau, keys"),

@@ -6,9 +6,16 @@ import torch
 import torch.nn.functional as F
 
 from pals_hf.functional import Affinity
-from pals_hf.losses import PRESETS, CrossEntropyLoss, LabelSmoothingLoss, PALSLoss
+from pals_hf.functional.pixel_losses import mean_over_pixels
+from pals_hf.losses import PRESETS, CrossEntropyLoss, FocalLoss, LabelSmoothingLoss, MarginLoss, PALSLoss
 
-LOSSES = {"pals": PALSLoss(), "ce": CrossEntropyLoss(), "label_smoothing": LabelSmoothingLoss()}
+LOSSES = {
+    "pals": PALSLoss(),
+    "ce": CrossEntropyLoss(),
+    "label_smoothing": LabelSmoothingLoss(),
+    "focal": FocalLoss(),
+    "margin": MarginLoss(margin=2.0),
+}
 
 
 @pytest.fixture
@@ -56,14 +63,15 @@ class TestEveryLoss:
         assert value == loss(*batch)
         weight = getattr(loss, "beta", getattr(loss, "smoothing", 0))
         soft = parts.get("aggregated", parts.get("uniform", 0))
-        mixed = (1 - weight) * parts["one_hot"] + weight * soft
+        mixed = (1 - weight) * parts.get("one_hot", 0) + weight * soft + parts.get("focal", 0) + parts.get("margin", 0)
         torch.testing.assert_close(mixed, value)
         assert not any(part.requires_grad for part in parts.values())
 
     def test_class_weights(self, loss, batch):
         """Weights of 1 change nothing; a class of weight 0 has no term."""
         logits, labels, features = batch
-        even, without = (type(loss)(class_weights=w) for w in ([1.0] * 4, [0.0, 1.0, 1.0, 1.0]))
+        own = {"margin": loss.margin} if isinstance(loss, MarginLoss) else {}
+        even, without = (type(loss)(class_weights=w, **own) for w in ([1.0] * 4, [0.0, 1.0, 1.0, 1.0]))
         torch.testing.assert_close(even(logits, labels, features), loss(logits, labels, features))
         void = labels.masked_fill(labels == 0, 255)
         torch.testing.assert_close(without(logits, labels, features), loss(logits, void, features))
@@ -92,6 +100,84 @@ def test_label_smoothing_is_torch(batch, smoothing):
     keep = labels != 255
     expected = F.cross_entropy(up.movedim(1, -1)[keep], labels[keep], label_smoothing=smoothing)
     torch.testing.assert_close(LabelSmoothingLoss(smoothing)(logits, labels), expected)
+
+
+def pixels_of(logits, labels):
+    """The upsampled logits and the labels of the labelled pixels, `(n, C)` and `(n,)`, with torch's own operations."""
+    up = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False).movedim(1, -1)
+    keep = labels != 255
+    return up[keep], labels[keep]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 3.0])
+def test_focal_loss_is_the_formula(batch, gamma):
+    logits, labels, _ = batch
+    logits.requires_grad_()
+    z, y = pixels_of(logits.double(), labels)
+    p = z.softmax(dim=1)[range(len(y)), y]
+    expected = (-((1 - p) ** gamma) * p.log()).mean()
+    loss = FocalLoss(gamma)(logits, labels)
+    torch.testing.assert_close(loss.double(), expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, expected)))
+
+
+@pytest.mark.parametrize(("margin", "weight"), [(0.0, 0.3), (3.0, 0.1), (100.0, 0.1)])
+def test_margin_loss_is_the_formula(batch, margin, weight):
+    logits, labels, _ = batch
+    logits.requires_grad_()
+    z, y = pixels_of(logits.double(), labels)
+    excess = (z.max(dim=1, keepdim=True).values - z - margin).clamp(min=0)
+    expected = F.cross_entropy(z, y) + weight * excess.mean()
+    loss, parts = MarginLoss(margin, weight).compute(logits, labels)
+    torch.testing.assert_close(loss.double(), expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, expected)))
+    assert bool(parts["margin"] > 0) is (margin < 100)
+
+
+def test_focal_loss_of_pixels_that_are_certain():
+    """Neither a probability that rounds to 1 nor one that rounds to 0 ends in a gradient that is not finite."""
+    logits = torch.tensor([200.0, -200.0]).view(1, 2, 1, 1).requires_grad_()
+    for label in (0, 1):
+        for gamma in (0.0, 0.5, 3.0):
+            (gradient,) = torch.autograd.grad(FocalLoss(gamma)(logits, torch.tensor([[[label]]])), logits)
+            assert gradient.isfinite().all()
+
+
+def test_losses_of_pixels_are_the_same_in_many_tiles(batch, monkeypatch):
+    logits, labels, _ = batch
+    logits.requires_grad_()
+    whole = MarginLoss(1.0)(logits, labels)
+    (gradient,) = torch.autograd.grad(whole, logits)
+    monkeypatch.setattr("pals_hf.functional.fused._TILE", dict.fromkeys(("cpu", "cuda"), (200, 7)))
+    tiled = MarginLoss(1.0)(logits, labels)
+    torch.testing.assert_close(tiled, whole)
+    torch.testing.assert_close(torch.autograd.grad(tiled, logits)[0], gradient)
+    with torch.no_grad():
+        torch.testing.assert_close(MarginLoss(1.0)(logits, labels), whole)
+
+
+def test_a_loss_of_pixels_in_half_precision(batch):
+    logits, labels, _ = batch
+    logits = logits.bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        value, _ = mean_over_pixels(
+            lambda z, y: {"ce": F.cross_entropy(z, y, reduction="none")}, logits, labels, num_items=7
+        )
+    value.backward()
+    assert (value.dtype, logits.grad.dtype) == (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("build", "problem"),
+    [
+        (lambda: FocalLoss(-1.0), "gamma must be at least 0, got -1.0"),
+        (lambda: MarginLoss(-1.0), "margin and weight must be at least 0, got -1.0 and 0.1"),
+        (lambda: MarginLoss(weight=float("nan")), "margin and weight must be at least 0, got 10.0 and nan"),
+    ],
+)
+def test_refuses_settings_out_of_range(build, problem):
+    with pytest.raises(ValueError, match=problem):
+        build()
 
 
 class TestPALS:

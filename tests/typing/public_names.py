@@ -20,7 +20,15 @@ from pals_hf import (
 )
 from pals_hf.data import SegmentationData
 from pals_hf.functional import aggregate_probabilities, soft_label_cross_entropy, upsample, upsample_argmax
-from pals_hf.losses import PRESETS, CrossEntropyLoss, LabelSmoothingLoss, LossOutput, SegmentationLoss
+from pals_hf.losses import (
+    PRESETS,
+    CrossEntropyLoss,
+    FocalLoss,
+    LabelSmoothingLoss,
+    LossOutput,
+    MarginLoss,
+    SegmentationLoss,
+)
 
 version: str = pals_hf.__version__
 logits, labels = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randint(0, 3, (2, 16, 16))
@@ -35,7 +43,13 @@ def losses() -> None:
     assert_type(loss.compute(logits, labels).parts["entropy"], Tensor)
     assert_type(loss.class_weights, Tensor | None)
     assert_type(loss.count(labels), Tensor)
-    others: list[SegmentationLoss] = [CrossEntropyLoss(), LabelSmoothingLoss(0.1), PALSLoss(**PRESETS["paper"])]
+    others: list[SegmentationLoss] = [
+        CrossEntropyLoss(),
+        LabelSmoothingLoss(0.1),
+        FocalLoss(3.0),
+        MarginLoss(10.0),
+        PALSLoss(**PRESETS["paper"]),
+    ]
     assert_type(others[0](logits, labels), Tensor)
 
 
