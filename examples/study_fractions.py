@@ -10,6 +10,7 @@ appends the missing ones. From these results, this program writes:
 
 - `table.md`, `table.csv`: the mean of each method, and its paired difference to each baseline with a 95 % interval
   (Student's t) and an exact two-sided p-value (sign-flip test over the pairs);
+  runs with `--calibrate` also count as methods of their own with a temperature, like `ce, T`;
 - `fractions.png`, `classes.png`, `reliability.png`: mIoU by fraction, IoU gain by class, and reliability diagrams.
 """
 
@@ -52,6 +53,14 @@ SHOWN = {
     "ECE": 2,
     "NLL": 3,
 }  # the metrics in table.md, with their decimals
+
+
+# A method scored with a temperature is a method of its own. By the ending of its name, the prefix of its metrics:
+VARIANTS = {
+    "": "eval_uncalibrated_",
+    ", T": "eval_calibrated_",  # cross-fitted on the scored images
+    ", T of training images": "eval_moved_",  # fitted to training images that were held out for it
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ def read_study(folder: Path, baselines: Sequence[str] = ()) -> list[Cell]:
             )
     methods = list(dict.fromkeys(cell.place["method"] for cell in cells))
     for baseline in baselines:
-        if baseline not in methods:
+        if baseline not in [method + ending for method in methods for ending in VARIANTS]:
             raise InputError(f"{path}: baseline {baseline} is not a method. Choose from {', '.join(methods)}.")
     return cells
 
@@ -119,12 +128,15 @@ class Results:
         cells = read_study(folder)
         done = read_results(folder, cells)
         for cell in (cell for cell in cells if cell.name in done):
-            key = cell.place["method"], cell.place["train_fraction"]
-            self.cells.setdefault(key, {})[cell.place["pair"]] = done[cell.name]
-        self.methods = list(dict.fromkeys(cell.place["method"] for cell in cells))
+            for ending, metrics in scored_variants(done[cell.name]["metrics"]).items():
+                key = cell.place["method"] + ending, cell.place["train_fraction"]
+                self.cells.setdefault(key, {})[cell.place["pair"]] = {**done[cell.name], "metrics": metrics}
+        names = dict.fromkeys(cell.place["method"] for cell in cells)
+        found = {method for method, _ in self.cells}
+        self.methods = [name + ending for name in names for ending in VARIANTS if not ending or name + ending in found]
         fractions = dict.fromkeys(cell.place["train_fraction"] for cell in cells)
         self.fractions = [f for f in fractions if any(fraction == f for _, fraction in self.cells)]
-        self.missing = len(cells) - sum(map(len, self.cells.values()))
+        self.missing = len(cells) - len(done)
 
     def values(self, method: str, fraction: str, read: Callable[[dict], float]) -> dict[str, float]:
         """Return the metric of each pair whose run has it."""
@@ -139,6 +151,16 @@ class Results:
         if not both:
             return None
         return Difference.of(np.array([ours[pair] for pair in both]), np.array([theirs[pair] for pair in both]))
+
+
+def scored_variants(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the metrics of a run by the ending of its method's name, see [`VARIANTS`]."""
+    found = {"": metrics}
+    for ending, prefix in VARIANTS.items():
+        own = {name.replace(prefix, "eval_", 1): of for name, of in metrics.items() if name.startswith(prefix)}
+        if own:
+            found[ending] = {**metrics, **own}
+    return found
 
 
 def reader(key: str, factor: float) -> Callable[[dict], float]:

@@ -8,17 +8,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from datasets import Dataset
 from degraded_labels import label_by_clicks, mislabel
 
 from pals_hf.cli import train
 from pals_hf.cli.arguments import TrainArguments
-from pals_hf.data import SegmentationData
+from pals_hf.data import SegmentationData, TransformedDataset
 from pals_hf.data.splitting import hold_out
 from pals_hf.errors import InputError
 from pals_hf.options import IMAGES, option
+from pals_hf.temperature import Scorer, fit_temperature
+from pals_hf.trainer import PALSTrainer
 
 
 @dataclass
@@ -53,6 +56,13 @@ class StudyArguments(TrainArguments):
         "videos, so that no frame is scored whose neighbours are trained on.",
         in_card=True,
     )
+    temperature_share: float | None = option(
+        None,
+        IMAGES,
+        "Hold out this share of the training images before the fraction is drawn, fit a temperature to them, and "
+        "score the other held-out or the validation images with it: `eval_moved_ece` and so on.",
+        in_card=True,
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,7 +70,14 @@ class StudyArguments(TrainArguments):
             raise InputError("tuning_share and tuning_ids exclude each other: give only one of them")
 
     def needs_all_images(self) -> tuple[str, ...]:
-        return (*super().needs_all_images(), "tuning_share", "tuning_ids", "label_clicks", "label_noise")
+        return (
+            *super().needs_all_images(),
+            "temperature_share",
+            "tuning_share",
+            "tuning_ids",
+            "label_clicks",
+            "label_noise",
+        )
 
     @property
     def split(self) -> str:
@@ -68,6 +85,11 @@ class StudyArguments(TrainArguments):
         return "held-out training" if is_held_out else super().split
 
     def hold_out(self, data: SegmentationData) -> SegmentationData:
+        if self.temperature_share is not None:
+            rest = hold_out(
+                data, share=self.temperature_share, seed=self.validation_seed, skip_bad_samples=self.skip_bad_samples
+            )
+            self._temperature_images, data = rest.validation, replace(data, train=rest.train)
         if self.tuning_share is None and self.tuning_ids is None:
             return data
         return hold_out(
@@ -77,6 +99,16 @@ class StudyArguments(TrainArguments):
             seed=self.validation_seed,
             skip_bad_samples=self.skip_bad_samples,
         )
+
+    def more_metrics(self, trainer: PALSTrainer) -> dict[str, Any]:
+        """Score the network with a temperature that was fitted to images of the training set."""
+        if self.temperature_share is None:
+            return {}
+        images = TransformedDataset(self._temperature_images, trainer.eval_dataset.transform)
+        scorer = Scorer(trainer.model, trainer.args.ignore_index)
+        temperature = fit_temperature(scorer.pixels(images))
+        (scores,) = scorer.scores(trainer.eval_dataset, [[temperature] * len(trainer.eval_dataset)])
+        return {"eval_moved_temperature": temperature, **{f"eval_moved_{name}": of for name, of in scores.items()}}
 
     def degrade(self, images: Dataset) -> Dataset:
         if self.label_clicks is not None:

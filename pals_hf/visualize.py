@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,20 +184,24 @@ def training_curves(log_history: list[dict[str, Any]], path: str | os.PathLike) 
     _write_figure(figure, path)
 
 
-def reliability_diagram(bins: Sequence[Sequence[float | None]], path: str | os.PathLike) -> None:
+def reliability_diagram(networks: Mapping[str, Sequence[Sequence[float | None]]], path: str | os.PathLike) -> None:
     """Write a picture of accuracy against confidence. Needs matplotlib (extra `plots`).
 
     Args:
-        bins: for each bin the share of pixels, their mean confidence and their accuracy, as in `eval_reliability`.
+        networks: by the name of the network, for each bin the share of pixels, their mean confidence and their
+            accuracy, as in `eval_reliability`.
         path: the picture to write.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4, 4), layout="constrained")
     axis = figure.subplots()
-    filled = [(confidence, hits) for share, confidence, hits in bins if share]
     axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-    axis.plot(*zip(*filled, strict=True), marker=".")
+    for name, bins in networks.items():
+        filled = [(confidence, hits) for share, confidence, hits in bins if share]
+        axis.plot(*zip(*filled, strict=True), marker=".", label=name)
+    if len(networks) > 1:
+        axis.legend()
     axis.set(xlabel="confidence", ylabel="accuracy", title="calibration")
     _write_figure(figure, path)
 

@@ -63,6 +63,15 @@ def test_scores_are_identical(runs):
     assert torch.equal(counts[2], counts[0])
 
 
+def test_all_processes_are_calibrated_alike(runs):
+    """Four images on one, two and three processes: every process has the same temperature and the same weights."""
+    (alone,), *several = (ranks(runs / str(n) / "calibrated") for n in (1, 2, 3))
+    assert abs(alone["temperature"] - 1) > 0.01
+    for records in several:
+        assert all(record == {**record, **records[0]} for record in records)
+        assert records[0]["temperature"] == pytest.approx(alone["temperature"], rel=1e-5)
+
+
 def assert_all_stopped_at(folder):
     other, bad = sorted((record["message"] for record in ranks(folder)), key=lambda message: "images have" in message)
     assert other.startswith("the loss of another process is not finite at step 1")
@@ -95,4 +104,6 @@ def test_sharded(runs, tmp_path):
     for checkpoint in (saved / "checkpoint-3", resumed):
         loaded = AutoModelForSemanticSegmentation.from_pretrained(checkpoint).state_dict()
         assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+    first, second = ranks(tmp_path / "calibrated")
+    assert first == second
     assert_all_stopped_at(tmp_path / "bad image")

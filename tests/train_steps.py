@@ -25,11 +25,14 @@ from torch.distributed.tensor import DTensor
 
 from pals_hf import PALSTrainer
 from pals_hf.errors import TrainingError
+from pals_hf.functional import upsample_argmax
 
 LOSSES = {
     "pals": {},
     "ce": {"loss": "ce"},
     "label smoothing": {"loss": "label_smoothing"},
+    "focal": {"loss": "focal"},
+    "margin": {"loss": "margin", "margin": 0.5},
     "pals, every option": {
         "affinity": {"pairs": "same_class", "include_self": False, "unlabeled_keys": False, "source": "encoder"},
         "distill_unlabeled": True,
@@ -79,7 +82,7 @@ def train(folder, network, loss, batch_size, accumulation, **options):
     weights = trainer.model.state_dict()
     if IS_SHARDED:
         assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
-        weights = {n: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for n, tensor in weights.items()}
+        weights = {name: whole(tensor) for name, tensor in weights.items()}
     save(folder, trainer, {**values, "seen": examples.seen}, weights)
     return trainer
 
@@ -92,6 +95,7 @@ def train_sharded(folder):
     resume = {"resume_from_checkpoint": str(folder / "saved" / "checkpoint-2"), "save_strategy": "no"}
     trainer = train(folder / "resumed", "segformer", "pals", 4, 1, **{**saving, **resume})
     trainer.save_model()
+    calibrate(folder / "calibrated", trainer)
     return trainer
 
 
@@ -102,7 +106,30 @@ def score(folder):
     trainer = PALSTrainer(tiny_segformer(), config(folder, per_device_eval_batch_size=2), eval_dataset=images)
     trainer.evaluate()
     save(folder, trainer, {}, {"counts": trainer.metrics.counts})
+    calibrate(folder.with_name("calibrated"), trainer)
     return trainer
+
+
+def calibrate(folder, trainer):
+    """On images that the network gets right for the most part, with logits as large as those of a trained one."""
+    images, weight = [Examples(index + 1)[index] for index in range(4)], trainer.model.decode_head.classifier.weight
+    with torch.no_grad():
+        logits = trainer.model.eval()(images[0]["pixel_values"][None]).logits
+        weight *= 2 / float((logits - logits.mean(dim=(2, 3), keepdim=True)).std())
+    for image in images:
+        with torch.no_grad():
+            right = upsample_argmax(trainer.model.eval()(image["pixel_values"][None]).logits, image["labels"].shape)[0]
+        image["labels"] = torch.where(torch.rand(right.shape) < 0.7, right, image["labels"])
+    before = whole(weight)
+    temperature = trainer.calibrate(images)["eval_temperature"]
+    torch.testing.assert_close(whole(weight) * temperature, before)
+    tensors = {"weight": whole(weight)}
+    save(folder, trainer, {"temperature": temperature, "weight": tensors["weight"].tolist()}, tensors)
+
+
+def whole(tensor):
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
 def train_to_the_best(folder):

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("train", "Train a segmentation model on images and masks, and score it."),
     "predict": ("predict", "Segment an image, a folder of images or a video with a trained model."),
     "inspect": ("inspect_data", "Check a data set, and show its class shares and fractions."),
+    "calibrate": ("calibrate", "Calibrate a trained model, so that its probabilities say how often it is right."),
     "push": ("push", "Push a finished run to the Hub, with its model card."),
     "export": ("export", "Export a trained model to ONNX."),
     "demo": ("demo", "Compare two models on an image in the browser."),
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def overview() -> str:
-    lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<11}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: pals-hf COMMAND ...",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..data import SegmentationData
+    from ..trainer import PALSTrainer
 
 
 @dataclass
@@ -163,6 +164,13 @@ class TrainArguments(DataArguments):
     early_stopping_patience: int | None = option(
         None, TRAINING, "Stop after this number of evaluations without improvement.", in_card=True
     )
+    calibrate: bool = option(
+        False,
+        EVALUATION,
+        "After training, calibrate the checkpoint on the validation images: fit one temperature, and fold it into the "
+        "classifier. The predicted classes stay the same.",
+        in_card=True,
+    )
     eval_only: bool = option(False, EVALUATION, "Only score `--model_name_or_path` on the validation split.")
     overwrite: bool = option(False, RUN, "Replace the run in `--output_dir`.")
     license: str | None = option(None, RUN, "License for the model card, like apache-2.0.")
@@ -185,6 +193,8 @@ class TrainArguments(DataArguments):
             self._check_streaming()
         if self.eval_only and self.model_name_or_path is None:
             raise InputError("eval_only scores a checkpoint: name it by model_name_or_path")
+        if self.calibrate and self.eval_only:
+            raise InputError("calibrate changes a checkpoint, which eval_only does not. Use `pals-hf calibrate`")
         if self.from_scratch and (self.eval_only or self.model_name_or_path is None):
             raise InputError("from_scratch needs model_name_or_path, whose architecture it trains, and no eval_only")
 
@@ -195,6 +205,11 @@ class TrainArguments(DataArguments):
                     f"{name} needs the list of all images, which a stream does not have. "
                     "Use train_manifest to stream chosen images"
                 )
+        if self.calibrate:
+            raise InputError(
+                "calibrate reads the validation images twice, which a stream does not allow. Train without it, and "
+                "use `pals-hf calibrate` with labelled images in a folder"
+            )
         for name in ("rare_crop", "copy_paste", "cache_images"):
             if getattr(self, name):
                 raise InputError(f"{name} needs images that were checked before, so it does not work with streaming")
@@ -217,6 +232,10 @@ class TrainArguments(DataArguments):
     def degrade(self, images: Dataset) -> Dataset:
         """Return the training images with the labels to learn from. Studies make labels sparse or wrong."""
         return images
+
+    def more_metrics(self, trainer: PALSTrainer) -> dict[str, Any]:
+        """Return metrics beside those of the evaluation, before the network is calibrated. Studies have some."""
+        return {}
 
     @property
     def has_random_weights(self) -> bool:

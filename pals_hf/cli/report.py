@@ -38,14 +38,14 @@ def report(
         for image, labels in some_pairs(data, trainer.eval_dataset)
     ]
     prediction_sheet(rows, data.id2label, folder / "predictions.png", data.colors)
-    if is_matplotlib_available() and trainer.args.eval_calibration:
-        reliability_diagram(metrics["eval_reliability"], folder / "reliability.png")
+    draw_reliability(metrics, folder)
     if trainer.state.global_step:
         if is_matplotlib_available():
             training_curves(trainer.state.log_history, folder / "curves.png")
         trainer.create_model_card()
     trainer.save_metrics("eval", metrics)  # the last file: with it, the run is finished
     print_table(metrics, data)
+    print_calibration(metrics)
     print(f"\nresults, checkpoint and pictures: {folder}")
 
 
@@ -82,6 +82,34 @@ def print_table(metrics: dict[str, Any], data: SegmentationData | SegmentationSt
         print(f"{name:<20}{iou:>8.3f}{accuracy:>10.3f}")
     print(f"{'mean':<20}{metrics['eval_mean_iou']:>8.3f}{metrics['eval_mean_accuracy']:>10.3f}")
     print(f"{'all pixels':<28}{metrics['eval_overall_accuracy']:>10.3f}")
+
+
+def draw_reliability(metrics: dict[str, Any], folder: Path) -> None:
+    """Draw the reliability of a network, if it was measured: before and after calibration, or as it is."""
+    kinds = {"before": "eval_uncalibrated_reliability", "calibrated": "eval_calibrated_reliability"}
+    if "eval_temperature" not in metrics:
+        kinds = {"this network": "eval_reliability"}
+    networks = {kind: metrics[name] for kind, name in kinds.items() if name in metrics}
+    if networks and is_matplotlib_available():
+        reliability_diagram(networks, folder / "reliability.png")
+
+
+def print_calibration(metrics: dict[str, Any]) -> None:
+    """Print what a temperature has done, and how far users may trust a confident pixel."""
+    if "eval_temperature" not in metrics:
+        return
+    print(
+        f"\ncalibrated by the temperature {metrics['eval_temperature']:.3f}, which was fitted to "
+        f"{metrics['eval_calibration_images']} images ({metrics['eval_calibration_split']}), and cross-fitted here:"
+    )
+    print(f"{'network':<20}{'ECE':>8}{'classwise':>11}{'NLL':>8}{'Brier':>8}")
+    for kind, prefix in (("before", "eval_uncalibrated_"), ("calibrated", "eval_calibrated_")):
+        ece, classwise, nll, brier = (metrics[prefix + name] for name in ("ece", "classwise_ece", "loss", "brier"))
+        print(f"{kind:<20}{ece:>8.4f}{classwise:>11.4f}{nll:>8.4f}{brier:>8.4f}")
+    print(f"\n{'confidence':<20}{'pixels':>8}{'right':>8}")
+    for threshold, share, accuracy in metrics["eval_calibrated_confident_pixels"]:
+        right = "" if accuracy is None else f"{accuracy:.1%}"
+        print(f"at least {threshold:<11.0%}{share:>8.1%}{right:>8}")
 
 
 def summary_of(data: SegmentationData | SegmentationStream) -> str:

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -87,7 +88,10 @@ def main(argv: list[str] | None = None, arguments: type[TrainArguments] = TrainA
                 prepare_output_dir(args, config, data, manifest)
                 with saying_how_to_resume(trainer):
                     train(trainer)
-                    report(trainer, data, trainer.evaluate(), config.output_dir)
+                    metrics = {**trainer.evaluate(), **args.more_metrics(trainer)}
+                    if args.calibrate:
+                        metrics |= calibrate(trainer)
+                    report(trainer, data, metrics, config.output_dir)
                     if config.push_to_hub:
                         push(trainer)
         trainer.end()
@@ -272,6 +276,18 @@ def train(trainer: PALSTrainer) -> None:
     trainer.save_model(_internal_call=True)  # the run is pushed later, with its results
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)
+
+
+def calibrate(trainer: PALSTrainer) -> dict[str, Any]:
+    """Calibrate and save the network. Images that do not allow it must not cost a finished training its results."""
+    try:
+        metrics = trainer.calibrate()
+    except InputError as error:
+        if is_main_process():
+            print(f"note: the checkpoint is not calibrated: {error}", file=sys.stderr)
+        return {}
+    trainer.save_model(_internal_call=True)
+    return metrics
 
 
 @contextmanager

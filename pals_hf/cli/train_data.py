@@ -61,6 +61,8 @@ def load_data(args: TrainArguments) -> tuple[SegmentationData | SegmentationStre
     chosen = manifest.select(data.train)
     if not args.eval_only:
         check_chosen(chosen, data.id2label)
+    if args.calibrate:
+        check_for_calibration(data.validation)
     return replace(data, train=args.degrade(chosen)), manifest
 
 
@@ -90,6 +92,20 @@ def check_chosen(images: Dataset, id2label: dict[int, str]) -> None:
         )
     if missing and is_main_process():
         print(f"note: no training image shows {', '.join(missing)}", file=sys.stderr)
+
+
+def check_for_calibration(images: Dataset) -> None:
+    """Check that a temperature can be fitted to the validation images.
+
+    Raises:
+        InputError: there are too few of them, or they show one class only.
+    """
+    labelled = np.array(images["class_pixels"])[:, :-1] > 0
+    problem = "has labels in fewer than two images" if labelled.any(axis=1).sum() < 2 else None
+    if labelled.any(axis=0).sum() < 2:
+        problem = "shows fewer than two classes"
+    if problem:
+        raise InputError(f"calibrate needs more than this validation split, which {problem}. Leave calibrate out")
 
 
 def build_datasets(

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import RAW_VOID, tiny_mobilenet_v2, tiny_segformer
-from launching import launch
+from launching import call, launch
 from PIL import Image
 from test_checkpoints import files_of_at_most
 from torch.utils.data import DataLoader, Dataset
@@ -356,6 +356,55 @@ def test_an_error_in_a_worker_is_one_line_too(capsys):
     with pytest.raises(SystemExit):
         fail(error.value)
     assert capsys.readouterr().err == "error: a.png: value 77 is not a class\n"
+
+
+class TestCalibrate:
+    TRAINED = ("--max_steps", "30", "--per_device_train_batch_size", "4", "--disable_tqdm", "True", "--calibrate")
+
+    def test_a_run_ends_calibrated(self, folder, tmp_path, capsys):
+        """The saved network has the temperature, also after a push saves it again; the checkpoint has not."""
+        output = tmp_path / "run"
+        train.main(on_folder(folder, output, *self.TRAINED, "--report_to", "none"))
+        results, config = read(output / "eval_results.json"), read(output / "config.json")
+        assert config["calibration_temperature"] == results["eval_temperature"] != 1
+        assert results["eval_calibration_split"] == "validation"
+        assert results["eval_uncalibrated_loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
+        assert "calibration_temperature" not in read(output / "checkpoint-30" / "config.json")
+        assert f"temperature {results['eval_temperature']:.3f}" in capsys.readouterr().out
+        score = ["--eval_only", "--model_name_or_path", str(output), "--eval_calibration", "--disable_tqdm", "True"]
+        train.main(on_folder(folder, tmp_path / "scored", *score))
+        scored = read(tmp_path / "scored" / "eval_results.json")
+        assert scored["eval_per_category_iou"] == results["eval_per_category_iou"]
+        assert scored["eval_loss"] < results["eval_loss"]
+
+    def test_images_that_determine_no_temperature_cost_no_results(self, folder, tmp_path, capsys):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pals_hf.temperature.RANGE", (0.999, 1.001))
+            train.main(on_folder(folder, tmp_path / "run", *SHORT, "--calibrate"))
+        assert "note: the checkpoint is not calibrated: the best temperature is " in capsys.readouterr().err
+        assert "eval_temperature" not in read(tmp_path / "run" / "eval_results.json")
+
+    @pytest.mark.parametrize(
+        ("change", "flags", "problem"),
+        [
+            (None, ["--eval_only", "--model_name_or_path", "x"], "Use `pals-hf calibrate`"),
+            (None, ["--streaming", "--crop_size", "32", "32"], "reads the validation images twice"),
+            (lambda mask: np.full_like(mask, 2), [], "which shows fewer than two classes"),
+        ],
+    )
+    def test_refuses_before_training(self, folder, tmp_path, change, flags, problem):
+        for path in folder.glob("val/masks/*.png") if change else []:
+            Image.fromarray(change(np.array(Image.open(path))).astype(np.uint8)).save(path)
+        ended = call(train.main, *on_folder(folder, tmp_path / "run", *SHORT, "--calibrate", *flags))
+        assert ended.returncode == 2
+        assert problem in ended.stderr
+        assert not (tmp_path / "run").exists()
+
+    def test_one_labelled_validation_image(self, folder, tmp_path):
+        for path in sorted(folder.glob("val/masks/*.png"))[1:]:
+            Image.fromarray(np.full_like(np.array(Image.open(path)), 255)).save(path)
+        ended = call(train.main, *on_folder(folder, tmp_path / "run", *SHORT, "--calibrate"))
+        assert "has labels in fewer than two images" in ended.stderr
 
 
 class TestTwoProcesses:

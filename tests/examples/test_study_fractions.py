@@ -51,6 +51,33 @@ def study(tmp_path):
     return folder
 
 
+def test_a_temperature_makes_a_method_of_its_own(study, capsys):
+    """PALS as trained can then be compared with cross-entropy and its temperature."""
+    cells = sweep.read_cells(study / "recipe.yaml")
+    (study / "results.jsonl").unlink()
+    for cell in cells:
+        pair = int(cell.place["pair"])
+        metrics = {
+            "eval_mean_iou": 0.5,
+            "eval_per_category_iou": [0.5, 0.5],
+            "eval_loss": 0.5,
+            "eval_temperature": 1.5,
+            "eval_uncalibrated_ece": (0.06 if cell.place["method"] == "ce" else 0.03) + 0.001 * pair,
+            "eval_calibrated_ece": 0.01,
+            "eval_calibrated_loss": 0.4,
+        }
+        result = {"place": cell.place, "flags": cell.flags, "classes": ["a", "b"], "metrics": metrics}
+        sweep.append_result(study, result)
+    assert call(study_fractions.main, study, "--baseline", "ce", "ce, T").returncode == 0
+    table = (study / "table.md").read_text()
+    assert "| ce | 6 | 50.00 |  | 6.25 | 0.500 |" in table
+    assert "| ce, T | 6 | 50.00 |  | 1.00 | 0.400 |" in table
+    rows = [line.split(" | ") for line in table.splitlines()]
+    against = next(row for row in rows if row[0] == "| pals" and row[1] == "ce, T")
+    assert against[5].startswith("+2.25 [")
+    assert "training images" not in [row[0] for row in rows]
+
+
 def lines_of(study):
     """The lines of its results, by (method, fraction, pair)."""
     lines = sweep.results_path(study).read_text().splitlines(keepends=True)
