@@ -142,7 +142,8 @@ def decode_bands(content: bytes, name: str, channels: int, max_pixels: int | Non
         content, name: see [`decode_picture`].
         channels: the number of channels of the network. With 3, bands of transparency are dropped. With another
             number, the pages of a TIFF are its bands if it has so many pages of one band.
-        max_pixels: refuse larger pictures before they are decoded. Default: the limit of Pillow, 179 megapixels.
+        max_pixels: refuse larger pictures before they are decoded, and less than that of more than 3 bands: those with
+            more values than so large an RGB picture. Default: the limit of Pillow, 179 megapixels.
 
     Returns:
         `(H, W, bands)`, integers or floating point numbers in the byte order of the machine.
@@ -193,9 +194,7 @@ def _decode_tiff(content: bytes, name: str, channels: int, max_pixels: int | Non
         }
         if not is_stack:
             _refuse_pages(len(pages), name)
-        _refuse_large(page.imagewidth, page.imagelength, max_pixels)
-        if page.samplesperpixel > MAX_CHANNELS:
-            raise ValueError(f"it has {page.samplesperpixel} bands, but at most {MAX_CHANNELS} are read")
+        _refuse_large(page.imagewidth, page.imagelength, len(pages) if is_stack else page.samplesperpixel, max_pixels)
         orientation = page.tags.get("Orientation")
         _refuse_stored_otherwise(1 if orientation is None else orientation.value, page.photometric == 0, name)
         if is_stack:
@@ -219,13 +218,13 @@ def _decode_other(content: bytes, name: str, _: int, max_pixels: int | None) -> 
         raise InputError(
             f"{name}: colour PNGs of 16 bits need imagecodecs. Install it with: pip install 'pals_hf[deep]'"
         ) from error
-    _refuse_large(*picture.size, max_pixels)
+    _refuse_large(*picture.size, len(picture.getbands()), max_pixels)
     values = png_decode(content)
     return values, 1 - values.shape[2] % 2
 
 
 def _bands_of(picture: Picture, name: str, max_pixels: int | None) -> tuple[np.ndarray, int]:
-    _refuse_large(*picture.size, max_pixels)
+    _refuse_large(*picture.size, len(picture.getbands()), max_pixels)
     _refuse_pages(count_pages(picture), name)
     _refuse_stored_otherwise(picture.getexif().get(ExifTags.Base.Orientation, 1), is_inverted(picture), name)
     if picture.mode not in _AS_STORED:
@@ -233,10 +232,14 @@ def _bands_of(picture: Picture, name: str, max_pixels: int | None) -> tuple[np.n
     return np.atleast_3d(np.asarray(picture)), int(picture.mode in ("LA", "RGBA"))
 
 
-def _refuse_large(width: int, height: int, max_pixels: int | None) -> None:
+def _refuse_large(width: int, height: int, bands: int, max_pixels: int | None) -> None:
+    """Refuse more values than an RGB picture of `max_pixels` has, and more bands than [`MAX_CHANNELS`]."""
+    if bands > MAX_CHANNELS:
+        raise ValueError(f"it has {bands} bands, but at most {MAX_CHANNELS} are read")
     most = max_pixels or 2 * (PILImage.MAX_IMAGE_PIXELS or sys.maxsize)  # PIL refuses twice its number
-    if width * height > most:
-        raise ValueError(f"it has {width}x{height} pixels, but at most {most / 1e6:g} megapixels are allowed")
+    if width * height * max(RGB, bands) > RGB * most:
+        stack = f" in {bands} bands" if bands > RGB else ""
+        raise ValueError(f"it has {width}x{height} pixels{stack}, but at most {most / 1e6:g} megapixels are allowed")
 
 
 def _refuse_stored_otherwise(orientation: int, is_inverted: bool, name: str) -> None:
@@ -287,9 +290,8 @@ def refuse_deep(picture: Picture, bits: int, where: str) -> None:
         InputError: the picture has 16 bits per colour, or a mode like `I`, `I;16` or `F`.
     """
     if has_more_bits(picture, bits):
-        raise InputError(
-            f"images with more than 8 bits per channel ({max(bits, 16)} bits, mode {picture.mode}) are not read {where}"
-        )
+        depth = f"{max(bits, 16)} bits, mode {picture.mode}"
+        raise InputError(f"images with more than 8 bits per channel ({depth}) are not read {where}")
 
 
 def to_tensor(image: Picture | np.ndarray) -> Tensor:

@@ -143,6 +143,30 @@ def test_large_pictures_are_refused_before_they_are_decoded(content, bands, monk
         decode_bands(content, "x", 3)
 
 
+def test_large_stacks_are_refused_too():
+    with pytest.raises(
+        InputError, match=r"x is not a readable image: it has 7x5 pixels in 6 bands, but at most 6\.9e-05 "
+    ):
+        decode_bands(tiff(some("uint16", 6)), "x", 6, max_pixels=69)
+    assert decode_bands(tiff(some("uint16", 6)), "x", 6, max_pixels=70).shape == (5, 7, 6)
+
+
+@pytest.mark.parametrize("content", [tiff(some("float32", 5)), png(some("uint16", 3))], ids=["tiff", "png"])
+def test_damage_of_any_kind_ends_in_one_line(content):
+    generator, problems = np.random.default_rng(0), []
+    for _ in range(150):
+        damaged = bytearray(content)
+        for _ in range(3):
+            damaged[generator.integers(4, len(damaged))] = generator.integers(256)
+        cut = bytes(damaged[: generator.integers(len(damaged) // 2, len(damaged) + 1)])
+        try:
+            assert decode_bands(cut, "x", 5).ndim == 3
+        except InputError as error:
+            problems.append(str(error))
+    assert len(problems) > 20
+    assert not any("\n" in problem for problem in problems)
+
+
 @pytest.mark.parametrize(("content", "package"), [(tiff, "tifffile"), (png, "imagecodecs")])
 def test_a_missing_package_is_named(content, package, monkeypatch):
     content, grey = content(some("uint16", 3)), content(some("uint16", 1))
