@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .data.pictures import bits_of, count_pages, refuse_deep, size_of
+from .data.pictures import bits_of, count_pages, is_deep, refuse_deep, size_of
 from .data.scaling import Scaling, channels_of
 from .data.transforms import process
 from .errors import InputError, first_line
@@ -133,7 +133,8 @@ def read_pictures(
             for frame in ImageSequence.Iterator(opened) if opened.format in _ANIMATED else [opened]:
                 yield ImageOps.exif_transpose(frame).convert("RGB")
     except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not a readable image: its format is not known") from error
+        stack = ", or it is a stack of bands, which the model does not take" if is_deep(content) else ""
+        raise InputError(f"{path} is not a readable image: its format is not known{stack}") from error
     except Exception as error:  # decoders raise many types of errors for damaged files
         raise InputError(f"{path} is not a readable image: {first_line(error)}") from error
 

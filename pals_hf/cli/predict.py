@@ -43,6 +43,7 @@ from ..data.scaling import Scaling
 from ..errors import InputError, first_line
 from ..files import make_folder, read_json, refuse_unwritable, walk, write_result
 from ..inference import Prediction, load_for_inference, predict, read_pictures
+from ..pretrained import load_processor
 from ..visualize import heat_map, index_picture, overlay
 from .ending import one_line
 from .parser import OneLineParser
@@ -70,10 +71,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
     args = parse_arguments(argv)
     root, files = find_files(args.input, args.output_dir)
-    model, processor = load_for_inference(args.model, args.device)
-    scaling = Scaling.of(processor)
-    pictures = list_pictures(root, files, scaling)
+    pictures = list_pictures(root, files, Scaling.of(load_processor(args.model, "the model")))
     check_output_dir(args, pictures)
+    model, processor = load_for_inference(args.model, args.device)
     num_classes = model.config.num_labels
     if num_classes > MAX_CLASSES:
         raise InputError(f"{args.model} has {num_classes} classes, but a mask can hold at most {MAX_CLASSES}")

@@ -171,7 +171,8 @@ def measure_scaling(images: Dataset, depth: Depth, channels: int) -> Scaling:
     if depth.dtype == "uint8":
         return Scaling("uint8", channels, (0.0,) * depth.bands, (255.0,) * depth.bands)
     every = math.ceil(np.sum(images["class_pixels"]) * depth.bands / _MOST_VALUES)
-    values = np.concatenate([row["image"].reshape(-1, depth.bands)[::every] for row in images.select_columns("image")])
+    chosen = (row["image"].reshape(-1, depth.bands)[::every] for row in images.select_columns("image"))
+    values = np.concatenate([pixels.copy() for pixels in chosen])  # a view would keep the whole image in memory
     low, high = np.percentile(values, PERCENTILES, axis=0).tolist()
     for band, (lowest, highest) in enumerate(zip(low, high, strict=True), start=1):
         if not 0 < highest - lowest < math.inf:

@@ -194,6 +194,10 @@ def test_pictures_of_another_depth_are_refused(tmp_path):
             InputError, match=rf"{name} is not .* are not read by a model .* `magick IN -depth 8 OUT\.png`"
         ):
             next(read_pictures(tmp_path / name))
+    with pytest.raises(
+        InputError, match=r"bands\.tif is not .* or it is a stack of bands, which the model does not take"
+    ):
+        next(read_pictures(tmp_path / "bands.tif"))
     with pytest.raises(InputError, match=r"gone\.tif is not a readable image: .*No such file"):
         next(read_pictures(tmp_path / "gone.tif", scaling=known))
 
