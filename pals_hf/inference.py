@@ -8,23 +8,30 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .data.pictures import bits_of, count_pages, refuse_deep
+from .data.pictures import bits_of, count_pages, is_deep, refuse_deep, size_of
+from .data.scaling import Scaling, channels_of
+from .data.transforms import process
 from .errors import InputError, first_line
 from .files import read_bytes
 from .functional import entropy, upsample, upsample_argmax
 from .functional.fused import tiles
-from .pretrained import load_config, load_network, load_processor
+from .pretrained import channels_of_network, load_config, load_network, load_processor
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
 
 logger = logging.get_logger(__name__)
 
+_NOT_DEEP = (
+    "by a model that was trained on 8 bits. Convert them as its training images were, for example with `magick IN "
+    "-depth 8 OUT.png`"
+)
 _ANIMATED = ("GIF", "PNG", "WEBP")  # in other formats, further pictures are previews or pages
 
 
@@ -50,7 +57,8 @@ def load_for_inference(
         The network in evaluation mode, and its image processor.
 
     Raises:
-        InputError: the model cannot be loaded, it is not a trained segmentation model, or the device does not exist.
+        InputError: the model cannot be loaded, it is not a trained segmentation model, its image processor makes
+            images of another number of channels, or the device does not exist.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # missing weights are reported in one line below
@@ -68,6 +76,12 @@ def load_for_inference(
         )
     if model.config.num_labels < 2:
         raise InputError(f"{name_or_path!r} has num_labels={model.config.num_labels}, but at least 2 are needed")
+    channels, made = channels_of_network(model.config), channels_of(processor)
+    if channels not in (made, None):
+        raise InputError(
+            f"{name_or_path!r}: the network takes {channels} channels, but the image processor makes images of {made}"
+            ". Choose another checkpoint."
+        )
     names = model.config.id2label
     if sorted(names) != list(range(len(names))) or not all(_is_text(name) for name in names.values()):
         raise InputError(
@@ -87,16 +101,24 @@ def _is_text(name: Any) -> bool:
         return False
 
 
-def read_pictures(path: Path, max_pixels: int | None = None) -> Iterator[Image.Image]:
+def read_pictures(
+    path: Path, max_pixels: int | None = None, scaling: Scaling | None = None
+) -> Iterator[Image.Image | np.ndarray]:
     """Yield the picture in an image file, or all frames of an animation, upright and in RGB.
 
     Args:
         path: the file.
+        scaling: how the model reads deep pictures ([`Scaling.of`] its image processor). With it, the file must be like
+            the images that the model was trained on, and for other than 3 channels the result is an array
+            `(H, W, channels)`, uint8. Default: pictures of more than 8 bits are refused.
         max_pixels: refuse larger pictures before they are decoded. Default: the limit of Pillow, 179 megapixels.
 
     Raises:
         InputError: the file cannot be decoded. Damaged animations raise it after the frames before the damage.
     """
+    if scaling is not None:
+        yield _read_deep(path, max_pixels, scaling)
+        return
     try:
         content = read_bytes(path)
         if not content:
@@ -105,22 +127,31 @@ def read_pictures(path: Path, max_pixels: int | None = None) -> Iterator[Image.I
             if max_pixels is not None and opened.width * opened.height > max_pixels:
                 size = f"{opened.width}x{opened.height} pixels"
                 raise ValueError(f"it has {size}, but at most {max_pixels / 1e6:g} megapixels are allowed")
-            refuse_deep(opened, bits_of(opened))
+            refuse_deep(opened, bits_of(opened), _NOT_DEEP)
             if opened.format not in _ANIMATED and count_pages(opened) > 1:
                 logger.warning("%s has %d pages, of which only the first is read", path, count_pages(opened))
             for frame in ImageSequence.Iterator(opened) if opened.format in _ANIMATED else [opened]:
                 yield ImageOps.exif_transpose(frame).convert("RGB")
     except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not a readable image: its format is not known") from error
+        stack = ", or it is a stack of bands, which the model does not take" if is_deep(content) else ""
+        raise InputError(f"{path} is not a readable image: its format is not known{stack}") from error
     except Exception as error:  # decoders raise many types of errors for damaged files
         raise InputError(f"{path} is not a readable image: {first_line(error)}") from error
+
+
+def _read_deep(path: Path, max_pixels: int | None, scaling: Scaling) -> Image.Image | np.ndarray:
+    try:
+        content = read_bytes(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a readable image: {first_line(error)}") from error
+    return scaling.read(content, str(path), max_pixels)
 
 
 @torch.inference_mode()
 def predict(
     model: PreTrainedModel,
     processor: BaseImageProcessor,
-    images: Sequence[Image.Image],
+    images: Sequence[Image.Image | np.ndarray],
     window: Sequence[int] | None = None,
     overlap: float = 1 / 3,
     flip: bool = False,
@@ -132,22 +163,21 @@ def predict(
 
     Args:
         model, processor: see [`load_for_inference`].
-        images: pictures of any size. They are one batch if the processor gives all of them the same size, and
-            predicted one by one otherwise.
+        images: pictures of 8 bits of any size, see [`read_pictures`]. They are one batch if the processor gives all of
+            them the same size, and predicted one by one otherwise.
         window, overlap, flip: see [`image_logits`].
 
     Example:
         >>> predict(model, processor, [Image.open("street.jpg")])[0].mask.shape  # doctest: +SKIP
         torch.Size([1024, 2048])
     """
-    inputs = [processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"] for image in images]
+    inputs = [process(processor, image) for image in images]
     batches = [torch.cat(inputs)] if len({pixels.shape for pixels in inputs}) == 1 else inputs
     predictions: list[Prediction] = []
     for batch in batches:
         pixel_values = batch.to(model.device, model.dtype)
         for logits in image_logits(model, pixel_values, window, overlap, flip).split(1):
-            image = images[len(predictions)]
-            size = (image.height, image.width)
+            size = size_of(images[len(predictions)])
             predictions.append(Prediction(upsample_argmax(logits, size)[0].cpu(), entropy_map(logits, size)[0].cpu()))
     return predictions
 
@@ -181,7 +211,7 @@ def image_logits(
 
     Args:
         model: `model(pixel_values=...)` returns `logits` `(B, C, h, w)`.
-        pixel_values: `(B, 3, H, W)`.
+        pixel_values: `(B, C, H, W)`.
         window, overlap: see [`window_logits`]. With None the network gets whole images. The size of a window is in
             pixels of `pixel_values`, which are the images after the image processor has resized them.
         flip: average the logits of the images and of their mirror images. The mean of logits is the geometric mean of
@@ -209,7 +239,7 @@ def window_logits(model: nn.Module, pixel_values: Tensor, window: Sequence[int],
 
     Args:
         model: `model(pixel_values=...)` returns `logits` `(B, C, h, w)`.
-        pixel_values: `(B, 3, H, W)`.
+        pixel_values: `(B, C, H, W)`.
         window: height and width of a window, at most those of the image.
         overlap: share of a window that the next window overlaps, 0 to below 1.
 

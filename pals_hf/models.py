@@ -9,13 +9,23 @@ import torch
 from httpx2 import HTTPError
 from huggingface_hub import _CACHED_NO_EXIST, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
+from .data.pictures import RGB
+from .data.scaling import ATTRIBUTE, Scaling, channels_of
+from .data.transforms import process
 from .errors import InputError
-from .pretrained import load_config, load_network, load_processor, new_network
+from .pretrained import (
+    blank_picture,
+    channels_of_network,
+    load_config,
+    load_network,
+    load_processor,
+    new_network,
+    with_channels,
+)
 from .tap import ClassifierTap, refuse_unsuitable
 
 if TYPE_CHECKING:
@@ -25,7 +35,11 @@ logger = logging.get_logger(__name__)
 
 
 def build_model(
-    name_or_path: str | None, id2label: dict[int, str], output_stride: int | None = None, from_scratch: bool = False
+    name_or_path: str | None,
+    id2label: dict[int, str],
+    output_stride: int | None = None,
+    from_scratch: bool = False,
+    channels: int = RGB,
 ) -> PreTrainedModel:
     """Build a segmentation network for the given classes, in float32 and without auxiliary heads.
 
@@ -36,9 +50,12 @@ def build_model(
         id2label: class index to name.
         output_stride: 8, 16 or 32, for MobileNetV2 and MobileViT. DeepLab uses 8 and 16.
         from_scratch: draw all weights at random, and read only `config.json` of `name_or_path`.
+        channels: number of channels of the images. The first layer of a checkpoint for RGB is adapted, see
+            [`adapt_kernel`].
 
     Raises:
-        InputError: the checkpoint cannot be loaded or is no model for PALS, or its output stride cannot be chosen.
+        InputError: the checkpoint cannot be loaded or is no model for PALS, or its output stride or its number of
+            channels cannot be chosen.
     """
     label2id = {name: index for index, name in id2label.items()}
     if name_or_path is None:
@@ -50,6 +67,7 @@ def build_model(
             decoder_hidden_size=128,
             id2label=id2label,
             label2id=label2id,
+            num_channels=channels,
         )
         return SegformerForSemanticSegmentation(config)
     config = load_config(name_or_path)
@@ -68,11 +86,19 @@ def build_model(
         del config.calibration_temperature  # training ends what a calibration has done
     if hasattr(config, "use_auxiliary_head"):
         config.use_auxiliary_head = False
+    given = channels_of_network(config) or RGB
+    if channels != given and given != RGB and not from_scratch:
+        raise InputError(
+            f"{name_or_path} takes images of {given} channels, but channels is {channels}. Use --channels {given}, or "
+            "a checkpoint for RGB images."
+        )
     if from_scratch:
-        model = new_network(name_or_path, config)
+        model = new_network(name_or_path, with_channels(config, channels))
         _start_new_classifier(model, {f"{classifier_of(model)[0]}.weight"})
         return model
     model, info = load_network(name_or_path, config, dtype=torch.float32)
+    if channels != given:
+        model = _adapt_to_channels(name_or_path, model, channels)
     new = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
     classifier = f"{classifier_of(model)[0]}.weight"
     if classifier not in new and not match_classes(model, names, id2label):
@@ -84,6 +110,35 @@ def build_model(
             new.add(classifier)
     _start_new_classifier(model, new)
     return model
+
+
+def _adapt_to_channels(name_or_path: str, model: PreTrainedModel, channels: int) -> PreTrainedModel:
+    """Return the same network for images of another number of channels than RGB."""
+    adapted = new_network(name_or_path, with_channels(model.config, channels)).eval()
+    weights = model.state_dict()
+    for name, weight in adapted.state_dict().items():
+        if weight.shape != weights[name].shape:
+            weights[name] = adapt_kernel(weights[name], channels)
+    adapted.load_state_dict(weights)
+    return adapted
+
+
+def adapt_kernel(kernel: Tensor, channels: int) -> Tensor:
+    """Return the kernel of a convolution of RGB for another number of channels, by the rule of timm.
+
+    For one channel the kernels of the three colours are added up. For more, they repeat - R, G, B, R, ... - and are
+    multiplied by 3 / `channels`, so that the layer's output keeps its scale.
+
+    Args:
+        kernel: `(out, 3, h, w)`.
+        channels: number of channels.
+
+    Returns:
+        `(out, channels, h, w)`.
+    """
+    if channels == 1:
+        return kernel.sum(dim=1, keepdim=True)
+    return kernel[:, torch.arange(channels) % RGB] * (RGB / channels)
 
 
 def match_classes(model: PreTrainedModel, names: dict[int, str], id2label: dict[int, str]) -> bool:
@@ -146,7 +201,9 @@ def _start_new_classifier(model: PreTrainedModel, new_parameters: set[str]) -> N
             layer.reset_parameters()
 
 
-def build_image_processor(name_or_path: str | None, image_size: tuple[int, int] | None = None) -> BaseImageProcessor:
+def build_image_processor(
+    name_or_path: str | None, image_size: tuple[int, int] | None = None, scaling: Scaling | None = None
+) -> BaseImageProcessor:
     """Build the image processor that training, evaluation and, once saved, `pipeline` share.
 
     Args:
@@ -154,6 +211,8 @@ def build_image_processor(name_or_path: str | None, image_size: tuple[int, int] 
             image processor: that of SegFormer, with the mean and deviation of ImageNet.
         image_size: (height, width) that images are resized to. Default: images keep their size. Resizing, cropping
             and padding by the checkpoint's own processor are switched off.
+        scaling: how the model reads deep pictures, which the image processor keeps, see [`data.scale_pictures`]. For
+            other than 3 channels, the means and deviations of RGB repeat, or are averaged for one channel.
 
     Raises:
         InputError: the checkpoint's image processor cannot be loaded, or cannot do without changing the size.
@@ -173,8 +232,26 @@ def build_image_processor(name_or_path: str | None, image_size: tuple[int, int] 
             setattr(processor, option, False)
     if getattr(processor, "ensure_multiple_of", None):
         processor.ensure_multiple_of = 1
+    if scaling is None:
+        vars(processor).pop(ATTRIBUTE, None)
+    else:
+        scaling.keep_in(processor)
+    _normalise_channels(processor, RGB if scaling is None else scaling.channels)
     _check_size(processor, image_size)
     return processor
+
+
+def _normalise_channels(processor: BaseImageProcessor, channels: int) -> None:
+    """Give an image processor a mean and a deviation for each channel, by the rule of [`adapt_kernel`]."""
+    for name in ("image_mean", "image_std"):
+        given = getattr(processor, name, None)
+        if given is not None and len(given) != channels:
+            one = [sum(given) / len(given)]
+            setattr(processor, name, one if channels == 1 else [given[index % RGB] for index in range(channels)])
+    if channels != RGB:
+        for option in ("do_convert_rgb", "do_flip_channel_order"):  # of RGB only
+            if getattr(processor, option, None):
+                setattr(processor, option, False)
 
 
 def _has_no_processor(name_or_path: str) -> bool:
@@ -202,7 +279,7 @@ def _check_size(processor: BaseImageProcessor, image_size: tuple[int, int] | Non
     height, width = 40, 72
     name = type(processor).__name__
     try:
-        made = processor(images=Image.new("RGB", (width, height)), return_tensors="pt")["pixel_values"].shape[2:]
+        made = process(processor, blank_picture(channels_of(processor), height, width)).shape[2:]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{name} cannot resize to image_size {image_size}: {error}") from error
     wanted = (height, width) if image_size is None else tuple(image_size)

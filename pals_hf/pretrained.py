@@ -5,6 +5,7 @@ These functions are the only ones that call the Auto classes of transformers.
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import re
@@ -13,10 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedConfig
 
+from .data.pictures import RGB
+from .data.scaling import ATTRIBUTE, channels_of
+from .data.transforms import process
 from .errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -128,9 +133,41 @@ def load_processor(name_or_path: str, what: str = "the image processor of") -> B
     """
     with loading(_failure(what, name_or_path)):
         processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
-        _refuse_hostile(processor.to_dict(), _MAX_SIDE)
-        processor(images=Image.new("RGB", (72, 40)), return_tensors="pt")["pixel_values"]
+        _refuse_hostile({name: value for name, value in processor.to_dict().items() if name != ATTRIBUTE}, _MAX_SIDE)
+        process(processor, blank_picture(channels_of(processor), 40, 72))
     return processor
+
+
+def blank_picture(channels: int, height: int, width: int) -> Image.Image | np.ndarray:
+    """Return a black picture as an image processor takes it."""
+    if channels == RGB:
+        return Image.new("RGB", (width, height))
+    return np.zeros((height, width, channels), dtype=np.uint8)
+
+
+def channels_of_network(config: PreTrainedConfig) -> int | None:
+    """Return the number of channels of the images that a network takes, or None if its config does not say."""
+    counts = (getattr(part, "num_channels", None) for part in (config, *_parts_of(config)))
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
+def with_channels(config: PreTrainedConfig, channels: int) -> PreTrainedConfig:
+    """Return a copy of a config for images of another number of channels.
+
+    Raises:
+        InputError: the config does not say how many channels its network takes.
+    """
+    config = copy.deepcopy(config)
+    counted = [part for part in (config, *_parts_of(config)) if getattr(part, "num_channels", None) is not None]
+    for part in counted:
+        part.num_channels = channels
+    if channels != RGB and not counted:
+        raise InputError(f"{config.model_type} takes images of {RGB} channels only, but channels is {channels}")
+    return config
+
+
+def _parts_of(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    return [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]
 
 
 def _failure(what: str, name_or_path: str) -> str:

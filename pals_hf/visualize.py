@@ -13,11 +13,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .data import IGNORE_INDEX
+from .data.pictures import to_rgb
 from .files import write_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
+
+    Picture = Image.Image | np.ndarray
 
 _GAP = 4
 _FONT_SIZE = 12
@@ -52,7 +55,9 @@ def palette(num_labels: int, own: Sequence[tuple[int, int, int]] | None = None) 
 
 
 def prediction_sheet(
-    rows: Sequence[tuple[Image.Image, Image.Image] | tuple[Image.Image, Image.Image, Tensor]],
+    rows: Sequence[
+        tuple[Image.Image | np.ndarray, Image.Image] | tuple[Image.Image | np.ndarray, Image.Image, Tensor]
+    ],
     id2label: dict[int, str],
     path: str | os.PathLike,
     own_colors: Sequence[tuple[int, int, int]] | None = None,
@@ -60,11 +65,13 @@ def prediction_sheet(
     """Write a picture with the columns image, truth and prediction, or image and truth, and a legend of the classes.
 
     Args:
-        rows: image, mask of class indices and optionally predicted class indices `(H, W)`, for each row.
+        rows: image of 8 bits (a PIL image or an array `(H, W, C)`), mask of class indices and optionally predicted
+            class indices `(H, W)`, for each row.
         id2label: maps class indices to names.
         path: the PNG file to write.
         own_colors: colours of the classes. Default: see [`palette`].
     """
+    rows = [(to_rgb(image), *masks) for image, *masks in rows]
     colors, font = palette(len(id2label), own_colors), ImageFont.load_default(size=_FONT_SIZE)
     scale = max(1, -(-_MIN_ROW_HEIGHT // rows[0][0].height))
     sizes = [(row[0].width * scale, row[0].height * scale) for row in rows]
@@ -78,7 +85,7 @@ def prediction_sheet(
     y = _TITLE_HEIGHT
     for (image, *masks), size in zip(rows, sizes, strict=True):
         pictures = [
-            image.convert("RGB"),
+            image,
             *(Image.fromarray(colors[np.asarray(mask, dtype=np.uint8)]) for mask in masks),
         ]
         for index, picture in enumerate(pictures):
@@ -109,7 +116,7 @@ def _shortened(name: str) -> str:
 
 
 def overlay(
-    image: Image.Image,
+    image: Picture,
     mask: np.ndarray | Tensor,
     id2label: dict[int, str],
     own_colors: Sequence[tuple[int, int, int]] | None = None,
@@ -117,13 +124,13 @@ def overlay(
     """Return a picture blended with the colours of its classes, and a legend of the classes in it.
 
     Args:
-        image: the picture.
+        image: the picture of 8 bits, a PIL image or an array `(H, W, C)`.
         mask: class indices `(H, W)`.
         id2label: maps class indices to names.
         own_colors: colours of the classes. Default: see [`palette`].
     """
     colors, mask = palette(len(id2label), own_colors), np.asarray(mask, dtype=np.uint8)
-    covered = Image.blend(image.convert("RGB"), Image.fromarray(colors[mask]), _OPACITY)
+    covered = Image.blend(to_rgb(image), Image.fromarray(colors[mask]), _OPACITY)
     return _beside_legend(covered, [(id2label[index], colors[index]) for index in np.unique(mask).tolist()])
 
 

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from architectures import BUILDERS, SIZE
 from conftest import NUM_LABELS, tiny_segformer, tiny_upernet
 from huggingface_hub import constants
 from PIL import Image
@@ -12,10 +13,12 @@ from transformers import (
 
 from pals_hf.errors import InputError
 from pals_hf.models import (
+    adapt_kernel,
     backbone_of,
     build_image_processor,
     build_model,
 )
+from pals_hf.pretrained import channels_of_network
 from pals_hf.tap import ClassifierTap
 
 NAMES = {index: f"class {index}" for index in range(NUM_LABELS)}
@@ -92,6 +95,51 @@ class TestBuildModel:
     def test_builds_without_auxiliary_heads(self, tmp_path):
         tiny_upernet(use_auxiliary_head=True, auxiliary_channels=8, auxiliary_in_channels=16).save_pretrained(tmp_path)
         assert build_model(str(tmp_path), NAMES).auxiliary_head is None
+
+    @pytest.mark.parametrize("architecture", [name for name in BUILDERS if "auxiliary" not in name])
+    def test_a_network_for_other_channels(self, architecture, tmp_path):
+        """Equal channels give the logits that equal colours give: the adapted kernel adds up to the same."""
+        rgb = BUILDERS[architecture]().eval()
+        rgb.save_pretrained(tmp_path)
+        adapted = build_model(str(tmp_path), NAMES, channels=6).eval()
+        assert channels_of_network(adapted.config) == 6
+        grey = torch.rand(1, 1, SIZE, SIZE)
+        with torch.no_grad():
+            found, expected = (
+                network(pixel_values=grey.expand(1, channels, SIZE, SIZE)).logits
+                for network, channels in ((adapted, 6), (rgb, 3))
+            )
+        assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max())
+
+    def test_a_saved_network_for_other_channels(self, tmp_path):
+        rgb = tiny_segformer().eval()
+        rgb.save_pretrained(tmp_path / "rgb")
+        adapted = build_model(str(tmp_path / "rgb"), NAMES, channels=1).eval()
+        assert adapted.config.name_or_path == str(tmp_path / "rgb")
+        adapted.save_pretrained(tmp_path / "grey")
+        again = build_model(str(tmp_path / "grey"), NAMES, channels=1)
+        pairs = zip(adapted.state_dict().values(), again.state_dict().values(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+        grey = torch.rand(1, 1, 32, 32)
+        with torch.no_grad():
+            assert torch.allclose(
+                adapted(pixel_values=grey).logits, rgb(pixel_values=grey.expand(1, 3, 32, 32)).logits, atol=1e-5
+            )
+        with pytest.raises(InputError, match=r"takes images of 1 channels, but channels is 3\. Use --channels 1, or"):
+            build_model(str(tmp_path / "grey"), NAMES)
+        drawn = build_model(str(tmp_path / "grey"), NAMES, from_scratch=True, channels=2)
+        assert drawn.config.num_channels == 2
+
+    def test_the_default_network_for_other_channels(self):
+        assert (
+            build_model(None, NAMES, channels=5)(pixel_values=torch.rand(1, 5, 32, 32)).logits.shape[1] == NUM_LABELS
+        )
+
+    @pytest.mark.parametrize("channels", [1, 2, 4, 7])
+    def test_a_kernel_is_adapted_as_timm_does(self, channels):
+        manipulate = pytest.importorskip("timm.models._manipulate")
+        kernel = torch.randn(8, 3, 4, 4)
+        assert torch.allclose(adapt_kernel(kernel, channels), manipulate.adapt_input_conv(channels, kernel))
 
     def test_half_precision_checkpoints_train_in_float32(self, tmp_path):
         tiny_segformer().half().save_pretrained(tmp_path)

@@ -9,6 +9,7 @@ from accelerate import PartialState
 
 from ..data import load_segmentation_dataset
 from ..data.fractions import MANIFEST, METHODS
+from ..data.pictures import RGB
 from ..errors import InputError
 from ..options import DATA, EVALUATION, IMAGES, LARGEST, MODEL, MOST_WORKERS, RUN, TRAINING, check_numbers, option
 
@@ -41,6 +42,12 @@ class DataArguments:
     palette: str | None = option(None, DATA, "File with class names and colours, for colour masks.")
     void_labels: list[int] = option(
         [], DATA, "Mask values of unlabelled pixels. 255 always is such a value.", in_card=True
+    )
+    channels: int = option(
+        3,
+        DATA,
+        "Number of bands of the images, and of channels of the network. With 3, grey images are read too.",
+        in_card=True,
     )
     validation_share: float = option(
         0.2,
@@ -86,6 +93,7 @@ def read_data(args: DataArguments, skip_bad_samples: bool) -> SegmentationData:
     with PartialState().local_main_process_first():  # the other processes read the checked data from the cache
         return load_segmentation_dataset(
             **source_of(args),
+            channels=args.channels,
             validation_share=args.validation_share,
             validation_seed=args.validation_seed,
             num_folds=args.num_folds,
@@ -213,6 +221,10 @@ class TrainArguments(DataArguments):
         for name in ("rare_crop", "copy_paste", "cache_images"):
             if getattr(self, name):
                 raise InputError(f"{name} needs images that were checked before, so it does not work with streaming")
+        if self.channels != RGB:
+            raise InputError(
+                f"channels {self.channels} does not work with streaming, which reads images of 3 channels"
+            )
         if self.image_size is None and self.crop_size is None:
             raise InputError("streaming needs a crop_size, because the size of the images is not known beforehand")
 

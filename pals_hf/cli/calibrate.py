@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import CONFIG_NAME
 
-from ..data import EvalTransform, FractionManifest, SegmentationData, TransformedDataset
+from ..data import EvalTransform, FractionManifest, Scaling, SegmentationData, TransformedDataset, scale_pictures
 from ..data.fractions import MANIFEST
 from ..errors import InputError
 from ..files import atomic_write_text, read_json, refuse_unwritable
@@ -36,6 +36,7 @@ from .arguments import DataArguments, read_data
 from .ending import one_line
 from .parser import OptionParser
 from .report import draw_reliability, load_finished, print_calibration
+from .train_data import refuse_other_pictures
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,10 +85,12 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.model_name_or_path)
     refuse_unwritable(folder)
     data = read_data(args, args.skip_bad_samples)
-    chosen = images_of(data, args.calibration_split, folder)
+    data = replace(data, validation=images_of(data, args.calibration_split, folder))
     with lock_output_dir(folder):
         model, processor = load_finished(str(folder), data.id2label, None)
-        images = TransformedDataset(chosen, EvalTransform(processor))
+        scaling = Scaling.of(processor)
+        refuse_other_pictures(str(folder), scaling, data)
+        images = TransformedDataset(scale_pictures(data, scaling).validation, EvalTransform(processor))
         result = Scorer(model, window=args.eval_window).calibrate(images)
         metrics = nan_to_none(result.metrics(f"{args.calibration_split} split of {data.name}"))
         print_calibration(metrics)

@@ -17,12 +17,15 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
+from ..data.pictures import RGB
+from ..data.scaling import Scaling
 from ..errors import InputError
 from .ending import one_line
 from .parser import OneLineParser
 
 if TYPE_CHECKING:
     from gradio import Blocks
+    from transformers import BaseImageProcessor
 
 MAX_FILE_SIZE = "50mb"  # of an upload
 
@@ -62,6 +65,26 @@ def build_page(models: dict[str, str]) -> Blocks:
         from .page import build_demo, load
     except ImportError as error:
         raise InputError(f"the demo needs {error.name}. Install it with: pip install 'pals_hf[demo]'") from error
-    for name_or_path in models.values():
-        load(name_or_path)  # so that errors are printed before the page opens
-    return build_demo(models)
+    loaded = {name: load(name_or_path) for name, name_or_path in models.items()}  # errors come before the page opens
+    return build_demo(models, scaling_of_all({name: processor for name, (_, processor) in loaded.items()}))
+
+
+def scaling_of_all(processors: dict[str, BaseImageProcessor]) -> Scaling | None:
+    """Return how models read deep images, which must be the same for all of them: they see the same picture.
+
+    Raises:
+        InputError: two models read images in different ways, or a model takes other than 3 channels.
+    """
+    scalings = {name: Scaling.of(processor) for name, processor in processors.items()}
+    for name, scaling in scalings.items():
+        if scaling is not None and scaling.channels != RGB:
+            raise InputError(
+                f"{name} takes {scaling.channels} channels, but the demo shows {RGB}. Use pals-hf predict."
+            )
+        first = next(iter(scalings))
+        if scaling != scalings[first]:
+            raise InputError(
+                f"{name} and {first} were trained on images of different depths or scalings, so the demo cannot show "
+                "them one image. Start one demo for each."
+            )
+    return next(iter(scalings.values()), None)

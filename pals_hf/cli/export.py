@@ -3,11 +3,11 @@
     pip install 'pals_hf[onnx]'
     pals-hf export runs/mine mine.onnx --image street.jpg
 
-The file maps `pixel_values` (batch, 3, height, width), the output of the image processor, to `logits` (batch, classes,
-rows, columns). The batch size is dynamic. Height and width are dynamic if the network allows it; otherwise they are
-the size that the image processor gives `--image`. The check runs on this image and on random images, at several sizes
-if the size is dynamic. Logits may differ by 1e-4 of the largest logit, and at least 99.9 % of the positions must have
-the same class.
+The file maps `pixel_values` (batch, channels, height, width), the output of the image processor, to `logits` (batch,
+classes, rows, columns). The batch size is dynamic. Height and width are dynamic if the network allows it; otherwise
+they are the size that the image processor gives `--image`. The check runs on this image and on random images, at
+several sizes if the size is dynamic. Logits may differ by 1e-4 of the largest logit, and at least 99.9 % of the
+positions must have the same class.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.pictures import RGB
+from ..data.scaling import Scaling, channels_of
 from ..data.synthetic import generate_scene
+from ..data.transforms import process
 from ..errors import InputError, first_line
 from ..files import make_folder, refuse_unwritable
 from ..functional import upsample
@@ -36,6 +39,7 @@ from .parser import OneLineParser
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
+    from PIL import Image
 
 TOLERANCE = 1e-4  # of the largest logit
 AGREEMENT = 0.999  # share of positions with the same class
@@ -66,12 +70,20 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     require_packages()
     check_file(args.file, args.overwrite)
-    image = generate_scene((0,))[0] if args.image is None else next(read_pictures(args.image))
     model, processor = load_for_inference(args.model, "cpu")
+    image = a_scene(channels_of(processor))
+    if args.image is not None:
+        image = next(read_pictures(args.image, scaling=Scaling.of(processor)))
     with loading("the image processor of the model fails"):
-        pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
+        pixel_values = process(processor, image)
     print("\n".join(export(model.float(), pixel_values, args.file)))
     print(f"\nThe model is in {args.file}")
+
+
+def a_scene(channels: int) -> Image.Image | np.ndarray:
+    """Return a built-in street scene, whose colours repeat if the network takes other than 3 channels."""
+    scene, _ = generate_scene((0,))
+    return scene if channels == RGB else np.asarray(scene)[..., np.arange(channels) % RGB]
 
 
 def require_packages() -> None:
@@ -106,7 +118,7 @@ def export(model: nn.Module, pixel_values: Tensor, file: Path) -> list[str]:
 
     Args:
         model: a network in float32, on the CPU.
-        pixel_values: `(1, 3, H, W)`, the output of the image processor for a real image.
+        pixel_values: `(1, C, H, W)`, the output of the image processor for a real image.
         file: NAME.onnx.
 
     Returns:

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from ..data import FractionManifest, SegmentationData
+from ..data import FractionManifest, SegmentationData, scale_pictures
+from ..data.pictures import to_tensor
 from ..files import make_folder, refuse_unwritable, write_result
 from ..options import IMAGES, RUN, option
 from ..visualize import prediction_sheet
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
     (args,) = OptionParser(InspectionArguments, __doc__).parse(sys.argv[1:] if argv is None else argv)
     refuse_unwritable(args.output_dir)
-    data = read_data(args, skip_bad_samples=True)
+    data = scale_pictures(read_data(args, skip_bad_samples=True))
     report = inspect(data, args)
     folder = make_folder(args.output_dir)
     write_result(folder / "inspection.json", json.dumps(report, indent=2, ensure_ascii=False))
@@ -70,6 +71,7 @@ def inspect(data: SegmentationData, args: InspectionArguments) -> dict[str, Any]
         "classes": {name: class_table(split, data.id2label) for name, split in splits.items()},
         "fractions": [inspect_fraction(data, fraction, args) for fraction in args.fractions],
         "notes": data.notes,
+        "depth": None if data.scaling is None else str(data.scaling),
         "refused": data.skipped,
         "near_constant": {name: near_constant(split) for name, split in splits.items()},
         "duplicates": {name: duplicates(split) for name, split in splits.items()},
@@ -114,7 +116,7 @@ def near_constant(split: Dataset) -> list[str]:
     return [
         row["id"]
         for row in split.select_columns(["id", "image"])
-        if max(high - low for low, high in row["image"].convert("RGB").getextrema()) < CONSTANT
+        if np.ptp(to_tensor(row["image"]).numpy(), axis=(1, 2)).max() < CONSTANT
     ]
 
 
@@ -145,6 +147,8 @@ def print_report(report: dict[str, Any]) -> None:
     for part in report["fractions"]:
         if part["missed"]:
             print(f"The {part['fraction']:.0%} fraction has no image of: {', '.join(part['missed'])}")
+    if report["depth"]:
+        print(report["depth"])
     for note in report["notes"]:
         print(f"note: {note}")
     for split in ("train", "validation"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from math import isqrt, log, sqrt
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +13,11 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from ..data.pictures import is_deep
+from ..data.scaling import Scaling
 from ..data.synthetic import generate_scene
 from ..errors import InputError, first_line
+from ..files import read_bytes
 from ..inference import load_for_inference, predict, read_pictures
 from ..visualize import heat_map, overlay
 
@@ -77,14 +80,19 @@ def enlarge(values: np.ndarray, times: int) -> np.ndarray:
     return values.repeat(times, axis=0).repeat(times, axis=1)
 
 
-def read_image(file: str) -> Image.Image:
+def read_image(file: str, scaling: Scaling | None = None) -> Image.Image:
     """Return an uploaded image, upright, and shrunk if it has more than `SHRUNK_TO` pixels or a side above `MAX_SIDE`.
+
+    Args:
+        file: the uploaded file.
+        scaling: how the models read deep images, as which images of 8 bits count that have been scaled before.
 
     Raises:
         InputError: the file is not an image, or has more than `MAX_PIXELS` pixels.
     """
     try:
-        image = next(read_pictures(Path(file), MAX_PIXELS))
+        is_scaled = scaling is None or not is_deep(read_bytes(file))
+        image = next(read_pictures(Path(file), MAX_PIXELS, None if is_scaled else scaling))
     except InputError as error:
         raise InputError(
             str(error).replace(file, Path(file).name)
@@ -93,20 +101,21 @@ def read_image(file: str) -> Image.Image:
     return image if scale == 1 else image.resize([max(1, int(side * scale)) for side in image.size])
 
 
-def read_upload(file: str) -> tuple[Image.Image | None, None]:
+def read_upload(file: str, scaling: Scaling | None = None) -> tuple[Image.Image | None, None]:
     """Return the uploaded image, and None to clear the upload. Show a warning if it is not an image."""
     try:
-        return read_image(file), None
+        return read_image(file, scaling), None
     except InputError as error:
         gr.Warning(html.escape(str(error)), duration=None, title="Choose another image")
         return None, None
 
 
-def build_demo(models: dict[str, str]) -> gr.Blocks:
+def build_demo(models: dict[str, str], scaling: Scaling | None = None) -> gr.Blocks:
     """Build the page.
 
     Args:
         models: maps the name of each model on the page to its folder or its name on the Hub.
+        scaling: how all models read deep images, if they do.
     """
     age = (KEEP_UPLOADS // 6, KEEP_UPLOADS)
     with gr.Blocks(title="pals_hf", analytics_enabled=False, delete_cache=age) as demo:
@@ -142,7 +151,7 @@ def build_demo(models: dict[str, str]) -> gr.Blocks:
             if file is None:
                 raise gr.Error("Choose an image first.", print_exception=False)
             try:
-                image = read_image(file)
+                image = read_image(file, scaling)
                 found = {name: segment(name, models[name], image) for name in chosen if name in models}
             except Exception as error:  # an InputError, or the network fails on this image in any way
                 raise gr.Error(html.escape(first_line(error)), print_exception=False) from error
@@ -155,7 +164,7 @@ def build_demo(models: dict[str, str]) -> gr.Blocks:
                 *(show_picture(side.uncertainty) for side in sides),
             ]
 
-        file.upload(read_upload, file, [image, file])
+        file.upload(partial(read_upload, scaling=scaling), file, [image, file])
         button.click(show, [image, first, second], [*titles, *overlays, table, note, *uncertainties])
     return demo
 

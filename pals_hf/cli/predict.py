@@ -13,6 +13,9 @@ The model is a folder or a name on the Hub. For each image NAME, or video frame 
 NAME is the path of the image in the input folder without its extension. If two names are equal, all images keep their
 extensions. `predictions.json` lists the model and the size, mean entropy and class shares of each image.
 
+A model that was trained on images of more than 8 bits, or of other than three bands, is given such images. They are
+scaled as its training images were.
+
 Without `--window`, `--flip` and `--batch_size` the masks equal those of `pipeline("image-segmentation")`. Animated
 GIF, PNG and WebP files are read frame by frame. Other videos need PyAV, from the extra `video`. All files are decoded
 once before the first prediction, so a damaged file ends the program with one line and exit code 2, and nothing is
@@ -35,9 +38,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data.classes import MAX_CLASSES
+from ..data.pictures import size_of
+from ..data.scaling import Scaling
 from ..errors import InputError, first_line
 from ..files import make_folder, read_json, refuse_unwritable, walk, write_result
 from ..inference import Prediction, load_for_inference, predict, read_pictures
+from ..pretrained import load_processor
 from ..visualize import heat_map, index_picture, overlay
 from .ending import one_line
 from .parser import OneLineParser
@@ -65,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program on a command line, by default that of this process."""
     args = parse_arguments(argv)
     root, files = find_files(args.input, args.output_dir)
-    pictures = list_pictures(root, files)
+    pictures = list_pictures(root, files, Scaling.of(load_processor(args.model, "the model")))
     check_output_dir(args, pictures)
     model, processor = load_for_inference(args.model, args.device)
     num_classes = model.config.num_labels
@@ -151,13 +157,13 @@ def _unreadable(error: OSError) -> NoReturn:
     raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
-def list_pictures(root: Path, files: list[Path]) -> list[Picture]:
+def list_pictures(root: Path, files: list[Path], scaling: Scaling | None) -> list[Picture]:
     """List every image and frame in the files, each with a unique name.
 
     Raises:
         InputError: a file cannot be decoded.
     """
-    frames = [sum(1 for _ in read_file(file)) for file in tqdm(files, desc="Checking files", disable=None)]
+    frames = [sum(1 for _ in read_file(file, scaling)) for file in tqdm(files, desc="Checking files", disable=None)]
     for keep_ending in (False, True):
         pictures = [
             Picture(file, frame if count > 1 else None, result_name(file.relative_to(root), keep_ending, frame, count))
@@ -174,9 +180,17 @@ def result_name(path: Path, keep_ending: bool, frame: int, count: int) -> str:
     return f"{name}_{frame:05d}" if count > 1 else name
 
 
-def read_file(path: Path) -> Iterator[Image.Image]:
-    """Yield the image or the frames in a file, upright and in RGB."""
-    return read_video(path) if path.suffix.lower() in VIDEOS else read_pictures(path)
+def read_file(path: Path, scaling: Scaling | None) -> Iterator[Image.Image | np.ndarray]:
+    """Yield the image or the frames in a file, see [`read_pictures`].
+
+    Raises:
+        InputError: the file cannot be decoded, or is a video and the model reads deep pictures.
+    """
+    if path.suffix.lower() not in VIDEOS:
+        return read_pictures(path, scaling=scaling)
+    if scaling is not None:
+        raise InputError(f"{path} is a video, but the model was trained on {scaling.depth}. Give it such images.")
+    return read_video(path)
 
 
 def read_video(path: Path) -> Iterator[Image.Image]:
@@ -208,13 +222,14 @@ def predict_all(
     pictures: list[Picture],
     batch_size: int,
     options: dict[str, Any],
-) -> Iterator[tuple[list[tuple[Picture, Image.Image]], list[Prediction]]]:
+) -> Iterator[tuple[list[tuple[Picture, Image.Image | np.ndarray]], list[Prediction]]]:
     """Yield batches of pictures with their images, and the predictions for each batch.
 
     Raises:
         InputError: the network fails on an image that is too small or too large for it, or its logits are not finite.
     """
-    images = (image for file in files for image in read_file(file))
+    scaling = Scaling.of(processor)
+    images = (image for file in files for image in read_file(file, scaling))
     pairs = zip(pictures, images, strict=True)
     with tqdm(total=len(pictures), desc="Predicting", disable=None) as progress:
         while batch := list(islice(pairs, batch_size)):
@@ -222,8 +237,9 @@ def predict_all(
                 predictions = predict(model, processor, [image for _, image in batch], **options)
             except Exception as error:  # a network may fail in any way on an image that it was not made for
                 (picture, image), *_ = batch
+                height, width = size_of(image)
                 raise InputError(
-                    f"{picture.file}: the network fails on {image.width}x{image.height} pixels in a batch of "
+                    f"{picture.file}: the network fails on {width}x{height} pixels in a batch of "
                     f"{len(batch)} ({first_line(error)}). Use another --window, or a smaller --batch_size."
                 ) from error
             for (picture, _), prediction in zip(batch, predictions, strict=True):
@@ -288,13 +304,14 @@ def file_names(picture: Picture, uncertainty: bool) -> dict[str, str]:
 
 def write_results(
     picture: Picture,
-    image: Image.Image,
+    image: Image.Image | np.ndarray,
     prediction: Prediction,
     id2label: dict[int, str],
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Write the pictures of a prediction, and return its entry in the report."""
     mask, names = prediction.mask.numpy(), file_names(picture, args.uncertainty)
+    height, width = size_of(image)
     make_folder((args.output_dir / picture.name).parent)
     write_result(args.output_dir / names["overlay"], overlay(image, mask, id2label))
     write_result(args.output_dir / names["mask"], index_picture(mask, len(id2label)))
@@ -305,8 +322,8 @@ def write_results(
     return {
         "file": picture.file.as_posix(),
         "frame": picture.frame,
-        "width": image.width,
-        "height": image.height,
+        "width": width,
+        "height": height,
         "mean_entropy": float(prediction.entropy.mean()),
         "classes": [
             {"id": index, "name": name, "pixels": pixels[index], "share": pixels[index] / mask.size}

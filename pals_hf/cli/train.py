@@ -27,6 +27,7 @@ from ..checkpoints import is_complete_checkpoint, last_complete_checkpoint
 from ..config import PALSConfig
 from ..data import FractionManifest, SegmentationData, SegmentationStream
 from ..data.fractions import MANIFEST
+from ..data.scaling import ATTRIBUTE
 from ..errors import InputError
 from ..files import atomic_write_text
 from ..hub import push_in_background
@@ -46,7 +47,7 @@ from .arguments import TrainArguments
 from .ending import is_main_process, leave, one_line
 from .parser import OptionParser, with_recipe
 from .report import SKIPPED, load_finished, report
-from .train_data import build_datasets, build_streams, load_data
+from .train_data import build_datasets, build_streams, load_data, scale_data
 
 # PALSConfig's default is for pretrained backbones.
 LEARNING_RATE_OF_RANDOM_WEIGHTS = 2e-3
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None, arguments: type[TrainArguments] = TrainA
         start = choose_output_dir(args, config)
         is_new = not Path(config.output_dir).exists()
         data, manifest = load_data(args)
+        data = scale_data(args, config, data)
         try:
             trainer = build_trainer(args, config, data, manifest)
             has_ended = not args.eval_only and is_finished(trainer, manifest)
@@ -179,8 +181,9 @@ def build_trainer(
     if args.eval_only:
         model, processor = load_finished(args.model_name_or_path, data.id2label, "cpu")
     else:
-        model = build_model(args.model_name_or_path, data.id2label, args.output_stride, args.from_scratch)
-        processor = build_image_processor(args.model_name_or_path, args.image_size)
+        name = args.model_name_or_path
+        model = build_model(name, data.id2label, args.output_stride, args.from_scratch, args.channels)
+        processor = build_image_processor(name, args.image_size, getattr(data, "scaling", None))
     callbacks = []
     if args.early_stopping_patience is not None:
         if not config.load_best_model_at_end:
@@ -203,6 +206,7 @@ def card_facts(
     args: TrainArguments, data: SegmentationData | SegmentationStream, manifest: FractionManifest | None
 ) -> CardFacts:
     """Collect the facts on the data for the model card."""
+    scaling = getattr(data, "scaling", None)
     facts = CardFacts(
         license=args.license,
         dataset=data.name,
@@ -211,7 +215,7 @@ def card_facts(
         dataset_license=data.license,
         split=args.split,
         validation_images=None if isinstance(data, SegmentationStream) else len(data.validation),
-        settings=args.card_settings(),
+        settings=args.card_settings() | ({} if scaling is None else {ATTRIBUTE: scaling.to_dict()}),
     )
     return facts if manifest is None else facts.with_manifest(manifest)
 

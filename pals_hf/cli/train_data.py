@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
 from accelerate import PartialState
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from ..config import PALSConfig
 from ..data import (
@@ -23,9 +25,12 @@ from ..data import (
     stream_segmentation_dataset,
 )
 from ..data.balance import rare_classes
+from ..data.pictures import RGB
 from ..data.resizing import cache_resized
+from ..data.scaling import Scaling, scale_pictures
 from ..errors import InputError
 from ..functional import PADDING_INDEX
+from ..pretrained import load_processor
 from .arguments import TrainArguments, read_data, source_of
 from .ending import is_main_process
 
@@ -64,6 +69,52 @@ def load_data(args: TrainArguments) -> tuple[SegmentationData | SegmentationStre
     if args.calibrate:
         check_for_calibration(data.validation)
     return replace(data, train=args.degrade(chosen)), manifest
+
+
+def scale_data(
+    args: TrainArguments, config: PALSConfig, data: SegmentationData | SegmentationStream
+) -> SegmentationData | SegmentationStream:
+    """Make pictures of 8 bits of deep images, by the chosen training images or as an earlier model does, and say so.
+
+    Raises:
+        InputError: the model that is scored, or the run that is resumed, reads other pictures than those of the data.
+    """
+    earlier = args.model_name_or_path if args.eval_only else config.resume_from_checkpoint
+    known = None
+    if earlier is not None and (args.eval_only or Path(earlier, IMAGE_PROCESSOR_NAME).exists()):
+        known = Scaling.of(load_processor(earlier, "the model"))
+        refuse_other_pictures(earlier, known, data)
+    if isinstance(data, SegmentationStream) or data.depth is None:
+        return data
+    data = scale_pictures(data, known)
+    if is_main_process():
+        print(f"note: {data.scaling} {how_to_predict(data.scaling)}", file=sys.stderr)
+    return data
+
+
+def refuse_other_pictures(earlier: str, known: Scaling | None, data: SegmentationData | SegmentationStream) -> None:
+    """Refuse pictures of another depth or number of channels than a model was trained on.
+
+    Raises:
+        InputError: the message names both.
+    """
+    depth, channels = (None, RGB) if isinstance(data, SegmentationStream) else (data.depth, data.channels)
+    of_model = (None, RGB) if known is None else (known.depth, known.channels)
+    if of_model != (depth, channels):
+        was, now = (
+            f"{each or '8 bits per channel'}, --channels {number}" for each, number in (of_model, (depth, channels))
+        )
+        raise InputError(
+            f"{earlier} was trained on other images ({was}) than those of the data set ({now}). Use the same kind of "
+            "images and --channels."
+        )
+
+
+def how_to_predict(scaling: Scaling) -> str:
+    """Say who else reads such pictures, because `pipeline` does not."""
+    if scaling.channels != RGB:
+        return "`pipeline` cannot read such files: use `pals-hf predict`."
+    return "`pipeline` reads such files without this scaling: use `pals-hf predict`, or give it scaled pictures."
 
 
 def print_notes(data: SegmentationData | SegmentationStream) -> None:
@@ -111,7 +162,7 @@ def check_for_calibration(images: Dataset) -> None:
 def build_datasets(
     args: TrainArguments, config: PALSConfig, data: SegmentationData, _, processor: BaseImageProcessor
 ) -> tuple[TransformedDataset, TransformedDataset]:
-    first, train_images = data.train[0]["image"], data.train
+    first, train_images = data.train[0]["labels"], data.train  # a mask has the size of its image, at any depth
     if args.cache_images:
         with PartialState().local_main_process_first():
             train_images = cache_resized(data.train, processor, args.preprocessing_num_workers)

@@ -3,6 +3,7 @@
 from .classes import IGNORE_INDEX, Classes
 from .fractions import FractionManifest, draw_balanced_ids, draw_ids, train_fraction
 from .loading import SegmentationData, SegmentationStream, load_segmentation_dataset, stream_segmentation_dataset
+from .scaling import Scaling, scale_pictures
 from .streaming import StreamedDataset
 from .transforms import ID, EvalTransform, TrainTransform, TransformedDataset, collate
 
@@ -12,6 +13,7 @@ __all__ = [
     "Classes",
     "EvalTransform",
     "FractionManifest",
+    "Scaling",
     "SegmentationData",
     "SegmentationStream",
     "StreamedDataset",
@@ -21,6 +23,7 @@ __all__ = [
     "draw_balanced_ids",
     "draw_ids",
     "load_segmentation_dataset",
+    "scale_pictures",
     "stream_segmentation_dataset",
     "train_fraction",
 ]

@@ -25,13 +25,23 @@ from ..errors import InputError, first_line
 from ..files import read_bytes
 from .caching import cached_map
 from .classes import Classes, Color, Palettes
-from .pictures import decode_picture, orientation_of_mask, refuse_deep, turn
+from .pictures import (
+    RGB,
+    Depth,
+    decode_any,
+    decode_picture,
+    orientation_of_mask,
+    refuse_deep,
+    refuse_other_bands,
+    size_of,
+    turn,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 LOOKED_AT = 1000  # images of a stream that are read before training, if labels are scarce
-_FORMAT = 4  # of the cached results: increase it when they change
+_FORMAT = 5  # of the cached results: increase it when they change
 _FOUND = Features(
     {
         "labels": Image(decode=False),
@@ -39,6 +49,7 @@ _FOUND = Features(
         "image_sha256": Value("string"),
         "labels_sha256": Value("string"),
         "palette": Value("string"),  # the mask's name and the colours of its values, as JSON
+        "depth": Value("string"),  # of a deep image, as JSON
         "problem": Value("string"),
     }
 )
@@ -48,7 +59,9 @@ def check_split(
     split: Dataset,
     classes: Classes,
     palettes: Palettes,
+    depths: Depths,
     *,
+    channels: int = RGB,
     fingerprint: str | None = None,
     num_proc: int | None = None,
 ) -> tuple[Dataset, dict[str, str]]:
@@ -58,6 +71,8 @@ def check_split(
         split: columns `id`, `image` and `labels`, the latter two of feature `Image`.
         classes: meaning of the mask values.
         palettes: the palettes of the masks so far, to which those of this split are added.
+        depths: the depths of the images so far, to which those of this split are added.
+        channels: the number of channels of the network, see [`decode_any`].
         fingerprint: a string that changes when the contents of the split change. Without it, nothing is cached.
         num_proc: number of processes.
 
@@ -68,13 +83,13 @@ def check_split(
         indices.
 
     Raises:
-        InputError: two masks show a value in different colours, see [`Palettes`].
+        InputError: two masks show a value in different colours, see [`Palettes`], or two images differ in depth.
     """
     raw = split.cast_column("image", Image(decode=False)).cast_column("labels", Image(decode=False))
-    meaning = f"{_FORMAT} {fingerprint} {len(classes.names)} {sorted(classes.codes.items())}"
+    meaning = f"{_FORMAT} {fingerprint} {len(classes.names)} {sorted(classes.codes.items())} {channels}"
     found = cached_map(
         raw,
-        lambda example: _check_pair(example, classes),
+        lambda example: _check_pair(example, classes, channels),
         None if fingerprint is None else meaning,
         features=_FOUND,
         remove_columns=raw.column_names,
@@ -85,8 +100,11 @@ def check_split(
     for palette in filter(None, found["palette"]):
         name, colors = json.loads(palette)
         palettes.add(name, {int(value): tuple(color) for value, color in colors.items()})
+    for id, depth in zip(split["id"], found["depth"], strict=True):
+        if id not in problems:
+            depths.add(id, None if depth is None else Depth(*json.loads(depth)))
     # The images are not copied: only the masks are stored again.
-    found = found.remove_columns(["palette", "problem"]).cast_column("labels", Image())
+    found = found.remove_columns(["palette", "depth", "problem"]).cast_column("labels", Image())
     checked = concatenate_datasets([split.select_columns(["id", "image"]), found], axis=1)
     checked = checked.select_columns(["id", "image", "labels", "class_pixels", "image_sha256", "labels_sha256"])
     if problems:
@@ -109,6 +127,33 @@ def fingerprint_of_files(paths: list[str]) -> str:
 def hash_of_labels(labels: np.ndarray) -> str:
     """Return the SHA-256 of class indices `(H, W)`, independent of the file format."""
     return hashlib.sha256(f"{labels.shape} ".encode() + labels.tobytes()).hexdigest()
+
+
+class Depths:
+    """The depth of the images of a data set, which must be the same for all of them.
+
+    Attributes:
+        depth: their depth, or None if all of them are usual pictures of at most 8 bits.
+    """
+
+    def __init__(self) -> None:
+        self.depth: Depth | None = None
+        self._first: str | None = None
+
+    def add(self, id: str, depth: Depth | None) -> None:
+        """Add an image.
+
+        Raises:
+            InputError: its depth is not that of the first image.
+        """
+        if self._first is None:
+            self._first, self.depth = id, depth
+        if depth != self.depth:
+            one, other = (each or "8 bits per channel" for each in (depth, self.depth))
+            raise InputError(
+                f"image {id!r} has {one}, but image {self._first!r} has {other}. All images must have the same "
+                "depth and number of bands. Convert or remove the others."
+            )
 
 
 def raise_first_problem(problems: dict[str, str]) -> None:
@@ -214,8 +259,8 @@ def check_stream(
 class Pair(NamedTuple):
     """A decoded and checked image and mask."""
 
-    image: Picture
-    """The upright image."""
+    image: Picture | np.ndarray
+    """The upright image. A deep one is an array, see [`decode_any`]."""
     labels: np.ndarray
     """Class indices and 255, uint8 `(H, W)`."""
     image_sha256: str
@@ -225,11 +270,16 @@ class Pair(NamedTuple):
     colors: dict[int, Color]
     """The colours in the mask's palette, see [`Classes.colors_of`]."""
 
+    @property
+    def depth(self) -> Depth | None:
+        """The depth of a deep image, or None."""
+        return Depth.of(self.image) if isinstance(self.image, np.ndarray) else None
 
-def _check_pair(example: dict[str, Any], classes: Classes) -> dict[str, Any]:
+
+def _check_pair(example: dict[str, Any], classes: Classes, channels: int) -> dict[str, Any]:
     """Return the row that is stored for one image and mask, which may be the problem with them."""
     try:
-        pair = read_pair(example, classes)
+        pair = read_pair(example, classes, channels)
     except InputError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno not in (None, errno.ENOENT):
             raise  # a problem of the disk or its permissions must not be cached as a problem of the image
@@ -242,6 +292,7 @@ def _check_pair(example: dict[str, Any], classes: Classes) -> dict[str, Any]:
         "image_sha256": pair.image_sha256,
         "labels_sha256": hash_of_labels(pair.labels),
         "palette": json.dumps([pair.mask_name, pair.colors]) if pair.colors else None,
+        "depth": json.dumps(pair.depth) if pair.depth else None,
         "problem": None,
     }
 
@@ -252,28 +303,40 @@ def count_pixels(labels: np.ndarray, classes: Classes) -> list[int]:
     return [*counts[: len(classes.names)].tolist(), int(counts[255])]
 
 
-def read_pair(example: dict[str, Any], classes: Classes) -> Pair:
+def read_pair(example: dict[str, Any], classes: Classes, channels: int | None = None) -> Pair:
     """Decode and check an encoded image and its mask.
+
+    Args:
+        example: encoded `image` and `labels`.
+        classes: meaning of the mask values.
+        channels: the number of channels of the network, see [`decode_any`]. Default: 3, and deep images are refused.
 
     Raises:
         InputError: the image or the mask cannot be read, the mask holds an unknown value, or their sizes differ.
     """
-    image, image_hash, image_name = _decode(example, "image")
-    mask, _, mask_name = _decode(example, "labels")
+    content, image_name = _encoded(example, "image")
+    image = decode_picture(content, image_name) if channels is None else decode_any(content, image_name, channels)
+    mask_content, mask_name = _encoded(example, "labels")
+    mask = decode_picture(mask_content, mask_name)
     with _naming(mask_name):
         labels = classes.encode(mask)
-    with _naming(image_name):
-        refuse_deep(image, image.info["bits"])
-    orientation = orientation_of_mask(mask, image)
+    if channels is None:
+        with _naming(image_name):
+            refuse_deep(image, image.info["bits"], "by a stream. Train without streaming, or convert them to 8 bits.")
+    is_deep = isinstance(image, np.ndarray)
+    if is_deep:
+        refuse_other_bands(image, image_name, channels)
+    orientation = orientation_of_mask(mask, mask if is_deep else image)  # deep images are stored upright
     if orientation is not None:
         labels = np.asarray(turn(PILImage.fromarray(labels), orientation))
-    upright = ImageOps.exif_transpose(image)
-    if labels.shape != (upright.height, upright.width):
+    upright = image if is_deep else ImageOps.exif_transpose(image)
+    height, width = size_of(upright)
+    if labels.shape != (height, width):
         raise InputError(
             f"{mask_name}: the mask has {mask.width}x{mask.height} pixels, but its image {image_name} has "
-            f"{upright.width}x{upright.height}. Both must have the same size."
+            f"{width}x{height}. Both must have the same size."
         )
-    return Pair(upright, labels, image_hash, mask_name, classes.colors_of(mask))
+    return Pair(upright, labels, hashlib.sha256(content).hexdigest(), mask_name, classes.colors_of(mask))
 
 
 @contextmanager
@@ -285,8 +348,8 @@ def _naming(name: str) -> Iterator[None]:
         raise InputError(f"{name}: {error}") from error
 
 
-def _decode(example: dict[str, Any], column: str) -> tuple[Picture, str, str]:
-    """Return a picture as it is stored (not rotated), the hash of its bytes, and its name for messages."""
+def _encoded(example: dict[str, Any], column: str) -> tuple[bytes, str]:
+    """Return the bytes of an encoded picture, and its name for messages."""
     encoded = example[column]
     if encoded is None:
         raise InputError(f"{column} of {example['id']} is missing")
@@ -294,7 +357,6 @@ def _decode(example: dict[str, Any], column: str) -> tuple[Picture, str, str]:
     if encoded["bytes"] is None and encoded["path"] is None:
         raise InputError(f"{name} is empty: it has neither bytes nor a path")
     try:
-        content = encoded["bytes"] if encoded["bytes"] is not None else read_bytes(encoded["path"])
+        return encoded["bytes"] if encoded["bytes"] is not None else read_bytes(encoded["path"]), name
     except (OSError, ValueError) as error:
         raise InputError(f"{name} is not a readable image: {first_line(error)}") from error
-    return decode_picture(content, name), hashlib.sha256(content).hexdigest(), name

@@ -9,9 +9,11 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset
 
 from ..errors import InputError
-from .checking import check_labels, check_split, check_stream, raise_first_problem, refuse_empty
+from .checking import Depths, check_labels, check_split, check_stream, raise_first_problem, refuse_empty
 from .classes import Classes, Color, Palettes
 from .columns import to_stream
+from .pictures import MAX_CHANNELS, RGB, Depth
+from .scaling import DeepImage, Scaling
 from .sources import find_source
 from .splitting import cut_fold, cut_validation, drop_leaks
 
@@ -32,6 +34,10 @@ class SegmentationData:
         revision: commit of the Hub repository `name`, or None if the data set is not from the Hub.
         skipped: `SPLIT/ID` of each sample that `skip_bad_samples` left out, to the reason.
         notes: sentences about images that are there and not used.
+        channels: the number of channels of the network.
+        depth: the depth of deep images - more than 8 bits, or `channels` other than 3 -, or None. Deep images are
+            arrays `(H, W, bands)` of the values in the files, until [`scale_pictures`] makes pictures of 8 bits.
+        scaling: how [`scale_pictures`] has done that, or None.
     """
 
     train: Dataset
@@ -44,6 +50,9 @@ class SegmentationData:
     revision: str | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    channels: int = RGB
+    depth: Depth | None = None
+    scaling: Scaling | None = None
 
 
 def load_segmentation_dataset(
@@ -56,6 +65,7 @@ def load_segmentation_dataset(
     id2label: str | Path | dict[int, str] | None = None,
     palette: str | Path | None = None,
     void_labels: Iterable[int] = (),
+    channels: int = RGB,
     validation_share: float = 0.2,
     validation_seed: int = 0,
     num_folds: int | None = None,
@@ -78,6 +88,8 @@ def load_segmentation_dataset(
         palette: file of class names and colours, for masks that hold colours, see [`Classes.from_palette`]. Default:
             `palette.json` of the folder, if it exists.
         void_labels: raw mask values that mean "no label". They are mapped to 255. The value 255 always means this.
+        channels: number of channels of the network. With 3, images have one or three bands, and transparency is
+            dropped. With another number, images have that many bands.
         validation_share: share of the training images to hold out if the data set has no validation split.
         validation_seed: seed of the held-out share and of the folds.
         num_folds: number of cross-validation folds. All images with masks, except those of a test split, are divided
@@ -93,16 +105,19 @@ def load_segmentation_dataset(
             training image, the training images must have labels of at least two classes, and the validation images
             must have labels.
     """
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise InputError(f"channels must be between 1 and {MAX_CHANNELS}, got {channels}")
     names = (id2label, palette, tuple(void_labels))
     source = find_source(dataset_name, dataset_dir, dataset_config, (image_column, label_column), names)
-    test = source.splits.get("test")
-    splits, problems, palettes = {}, {}, Palettes()
+    splits, problems, palettes, depths = {}, {}, Palettes(), Depths()
     for split in ("train", "validation"):
         if split in source.splits:
             splits[split], found = check_split(
                 source.splits[split],
                 source.classes,
                 palettes,
+                depths,
+                channels=channels,
                 fingerprint=source.fingerprints.get(split),
                 num_proc=num_proc,
             )
@@ -111,6 +126,11 @@ def load_segmentation_dataset(
                 refuse_empty(splits[split], split, found)
     if not skip_bad_samples:
         raise_first_problem(problems)
+    test = source.splits.get("test")
+    if depths.depth is not None:
+        feature = DeepImage(channels=channels)
+        splits = {name: split.cast_column("image", feature) for name, split in splits.items()}
+        test = None if test is None else test.cast_column("image", feature)
     train, validation = splits["train"], splits.get("validation")
     if num_folds is not None:
         train, validation = cut_fold(train, validation, num_folds, fold, validation_seed)
@@ -133,6 +153,8 @@ def load_segmentation_dataset(
         revision=source.revision,
         skipped=problems | leaked,
         notes=source.notes,
+        channels=channels,
+        depth=depths.depth,
     )
 
 

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from ..errors import InputError
 from .caching import cached_map
 from .fractions import cache_key
+from .pictures import to_tensor
 from .transforms import resize_of
 
 if TYPE_CHECKING:
@@ -36,10 +37,12 @@ def cache_resized(dataset: Dataset, processor: BaseImageProcessor, num_proc: int
         num_proc: number of processes.
 
     Raises:
-        InputError: the image processor does not resize.
+        InputError: the image processor does not resize, or the images are not RGB.
     """
     if not processor.do_resize:
         raise InputError("cache_images needs an image processor that resizes. Set image_size.")
+    if isinstance(dataset[0]["image"], np.ndarray):
+        raise InputError("cache_images works with 3 channels only. Leave it out.")
     meaning = f"resized {_FORMAT} {cache_key(dataset)} {processor.size} {processor.resample}"
     return cached_map(
         dataset,
@@ -53,7 +56,7 @@ def cache_resized(dataset: Dataset, processor: BaseImageProcessor, num_proc: int
 
 
 def _resize_pair(example: dict[str, Any], resize: v2.Resize) -> dict[str, Any]:
-    picture = tv_tensors.Image(example["image"].convert("RGB"))
+    picture = tv_tensors.Image(to_tensor(example["image"]))
     mask = tv_tensors.Mask(np.array(example["labels"]))
     picture, mask = resize(picture, mask)
     return {

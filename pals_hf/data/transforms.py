@@ -17,6 +17,8 @@ from transformers.image_utils import pil_torch_interpolation_mapping
 
 from ..errors import InputError
 from .classes import IGNORE_INDEX
+from .pictures import RGB, to_tensor
+from .scaling import channels_of
 
 if TYPE_CHECKING:
     import datasets
@@ -25,6 +27,23 @@ if TYPE_CHECKING:
 
 
 ID = "id"  # key of the id in an example, and of the ids in a batch
+
+
+def process(processor: BaseImageProcessor, image: Image | np.ndarray | Tensor, **options: Any) -> Tensor:
+    """Return the `pixel_values`, float32 `(1, C, H, W)`, that an image processor makes of a picture of 8 bits.
+
+    Args:
+        processor: image processor of the model.
+        image: a PIL image, which becomes RGB, an array `(H, W, C)`, or a tensor `(C, H, W)`; uint8.
+        options: options of the image processor.
+    """
+    if isinstance(image, np.ndarray):
+        image = to_tensor(image)
+    if isinstance(image, Tensor):
+        options["input_data_format"] = "channels_first"  # the number of channels does not tell
+    else:
+        image = image.convert("RGB")
+    return processor(images=image, return_tensors="pt", **options)["pixel_values"]
 
 
 class TrainTransform:
@@ -61,7 +80,7 @@ class TrainTransform:
         self.padding_index = padding_index
         self.rare_classes = torch.tensor(rare_classes, dtype=torch.int16)
         self.copy_paste = copy_paste if len(rare_classes) else 0.0
-        mean = [round(255 * value) for value in processor.image_mean or (0.5, 0.5, 0.5)]
+        mean = [round(255 * value) for value in processor.image_mean or [0.5] * channels_of(processor)]
         steps = [resize_of(processor)] if processor.do_resize else []
         self.geometry = v2.Compose(
             [
@@ -79,11 +98,13 @@ class TrainTransform:
         )
         self.jitter = v2.ColorJitter(brightness=color_jitter, contrast=color_jitter, saturation=color_jitter)
 
-    def __call__(self, image: Image, labels: Image, donor: tuple[Image, Image] | None = None) -> dict[str, Tensor]:
-        """Return `pixel_values`, float32 `(3, H, W)`, and `labels`, int64 `(H, W)`.
+    def __call__(
+        self, image: Image | np.ndarray, labels: Image, donor: tuple[Image | np.ndarray, Image] | None = None
+    ) -> dict[str, Tensor]:
+        """Return `pixel_values`, float32 `(C, H, W)`, and `labels`, int64 `(H, W)`.
 
         Args:
-            image, labels: an image and its mask of class indices.
+            image, labels: an image, which is an array `(H, W, C)` if it is not RGB, and its mask of class indices.
             donor: a second image and mask, whose rare classes are pasted over the crop.
 
         Raises:
@@ -95,15 +116,20 @@ class TrainTransform:
             pasted = torch.isin(other_mask, self.rare_classes)
             picture = tv_tensors.Image(torch.where(pasted, other_picture, picture))
             mask = tv_tensors.Mask(torch.where(pasted, other_mask, mask))
-        pixel_values = self._process(self.jitter(picture), mask.shape)
+        pixel_values = self._process(self._jitter(picture), mask.shape)
         return {"pixel_values": pixel_values, "labels": mask.as_subclass(Tensor).long()}
 
-    def _crop(self, image: Image, labels: Image) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        return self.geometry(tv_tensors.Image(image.convert("RGB")), tv_tensors.Mask(np.array(labels, dtype=np.int16)))
+    def _crop(self, image: Image | np.ndarray, labels: Image) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        return self.geometry(tv_tensors.Image(to_tensor(image)), tv_tensors.Mask(np.array(labels, dtype=np.int16)))
 
-    def _process(self, picture: tv_tensors.Image, size: torch.Size) -> Tensor:
-        processed = self.processor(images=picture.as_subclass(Tensor), do_resize=False, return_tensors="pt")
-        pixel_values = processed["pixel_values"][0]
+    def _jitter(self, picture: tv_tensors.Image) -> Tensor:
+        """Jitter colours, or the bands of other pictures than RGB: each as a grey image, all by the same factors."""
+        if picture.shape[0] == RGB:
+            return self.jitter(picture)
+        return self.jitter(picture.as_subclass(Tensor)[:, None])[:, 0]
+
+    def _process(self, picture: Tensor, size: torch.Size) -> Tensor:
+        pixel_values = process(self.processor, picture.as_subclass(Tensor), do_resize=False)[0]
         if pixel_values.shape[1:] != size:
             raise InputError(
                 f"{type(self.processor).__name__} changes the size of a crop from {tuple(size)} to "
@@ -128,9 +154,11 @@ class EvalTransform:
     def __init__(self, processor: BaseImageProcessor):
         self.processor = processor
 
-    def __call__(self, image: Image, labels: Image) -> dict[str, Tensor]:
-        pixel_values = self.processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
-        return {"pixel_values": pixel_values, "labels": torch.from_numpy(np.array(labels, dtype=np.int64))}
+    def __call__(self, image: Image | np.ndarray, labels: Image) -> dict[str, Tensor]:
+        return {
+            "pixel_values": process(self.processor, image)[0],
+            "labels": torch.from_numpy(np.array(labels, dtype=np.int64)),
+        }
 
 
 class RandomScale(v2.Transform):

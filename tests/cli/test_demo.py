@@ -16,12 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from deep_pictures import values_of
 from launching import call
 from PIL import Image
 from trained import NAMES, patches, save_checkpoint
 
 from pals_hf.cli import demo
+from pals_hf.data import Scaling
+from pals_hf.errors import InputError
 from pals_hf.inference import load_for_inference, predict
+from pals_hf.models import build_image_processor
 from pals_hf.visualize import overlay
 
 gradio = pytest.importorskip("gradio", reason="needs the extra `demo`")
@@ -285,3 +289,29 @@ def test_without_gradio_the_extra_is_named(monkeypatch):
     result = call(demo.main, "--models", "PALS=runs/pals")
     assert result.returncode == 2
     assert result.stderr == "error: the demo needs gradio. Install it with: pip install 'pals_hf[demo]'\n"
+
+
+def test_a_deep_upload_is_scaled_as_the_models_do(tmp_path):
+    known = Scaling("uint16", 3, (100.0,), (900.0,))
+    values, _ = values_of("uint16", 1, 0)
+    Image.fromarray(values[..., 0]).save(tmp_path / "deep.tif")
+    expected = np.asarray(known.apply(values))
+    image, _ = demo_page.read_upload(str(tmp_path / "deep.tif"), known)
+    assert np.array_equal(np.asarray(image), expected)
+    image.save(tmp_path / "shown.png")  # the page keeps what it shows, and gives it to the models
+    assert np.array_equal(np.asarray(demo_page.read_image(str(tmp_path / "shown.png"), known)), expected)
+    assert demo_page.read_upload(str(tmp_path / "deep.tif")) == (None, None)
+
+
+def test_the_models_must_see_one_picture():
+    deep, usual, stack = (
+        build_image_processor(None, scaling=scaling)
+        for scaling in (Scaling("uint16", 3, (1.0,), (9.0,)), None, Scaling("uint8", 4, (0.0,) * 4, (255.0,) * 4))
+    )
+    assert demo.scaling_of_all({"a": deep, "b": deep}) == Scaling.of(deep)
+    assert demo.scaling_of_all({"a": usual}) is None
+    assert demo.scaling_of_all({}) is None
+    with pytest.raises(InputError, match="b and a were trained on images of different depths or scalings"):
+        demo.scaling_of_all({"a": deep, "b": usual})
+    with pytest.raises(InputError, match="a takes 4 channels, but the demo shows 3"):
+        demo.scaling_of_all({"a": stack})

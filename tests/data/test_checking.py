@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import RAW_VOID, load_folder, rewrite_mask
+from deep_pictures import png
 from launching import time_limit
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from pals_hf.data import EvalTransform, checking
+from pals_hf.data import EvalTransform, checking, stream_segmentation_dataset
 from pals_hf.errors import InputError
 from pals_hf.models import build_image_processor
 
@@ -77,8 +78,12 @@ def test_images_of_every_mode(folder, mode):
 def test_an_image_of_more_than_8_bits(folder, kind, dtype):
     path = folder / "train" / "images" / "street 0.jpg"
     PILImage.fromarray(np.zeros((32, 48), dtype=dtype)).save(path, format=kind)
-    with pytest.raises(InputError, match=r"street 0\.jpg: images with more than 8 bits per channel"):
+    with pytest.raises(
+        InputError, match=r"'street 1' has 8 bits per channel, but image 'street 0' has \w+ values in 1 "
+    ):
         load_folder(folder)
+    with pytest.raises(InputError, match=r"street 0\.jpg: images with more than 8 bits per channel .* by a stream"):
+        stream_segmentation_dataset(dataset_dir=folder, void_labels=[11])
 
 
 def tiff(values, photometric=1, bits=None):
@@ -152,19 +157,17 @@ def test_palettes_that_differ_between_the_masks(folder):
 
 def test_an_image_of_16_bits_per_colour(folder):
     """PIL keeps the upper 8 bits of a colour PNG, which are nothing but zeros in a dark picture of 12 bits."""
-    path = folder / "train" / "images" / "street 0.jpg"
-    lines = b"".join(b"\0" + bytes(48 * 6) for _ in range(32))
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", 48, 32, 16, 2, 0, 0, 0)
-    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b""))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    pytest.importorskip("imagecodecs")
+    (folder / "train" / "images" / "street 0.jpg").write_bytes(png(np.zeros((32, 48, 3), dtype=np.uint16)))
     with pytest.raises(
-        InputError, match=r"street 0\.jpg: images with more than 8 bits per channel \(16 bits, mode RGB"
+        InputError, match=r"'street 1' has 8 bits per channel, but image 'street 0' has uint16 values in 3 "
     ):
         load_folder(folder)
+    with pytest.raises(
+        InputError,
+        match=r"street 0\.jpg: images with more than 8 bits per channel \(16 bits, mode RGB\) .* by a stream",
+    ):
+        stream_segmentation_dataset(dataset_dir=folder, void_labels=[11])
 
 
 def test_an_exif_rotated_image_is_turned(folder):

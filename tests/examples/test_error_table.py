@@ -49,6 +49,18 @@ def save_as_pages(path):
     picture.save(path, format="tiff", save_all=True, append_images=[picture, picture])
 
 
+def save_bands(count):
+    tifffile = pytest.importorskip("tifffile")
+    values = np.zeros((32, 48, count), dtype=np.uint8)
+    tifffile.imwrite(IMAGE, values, photometric="minisblack", planarconfig="contig")
+
+
+def save_nan():
+    values = np.zeros((32, 48), dtype=np.float32)
+    values[7, 5] = np.nan
+    Image.fromarray(values).save(IMAGE, format="tiff")
+
+
 def erase_a_pixel():
     """In masks that hold colours."""
     Path("data/id2label.json").rename("data/old.json")
@@ -68,7 +80,9 @@ BREAK = {
     "truncated JPEG": lambda: truncate(IMAGE, 200),
     "zero-byte file": lambda: truncate(IMAGE, 0),
     "not an image": lambda: IMAGE.write_text("<html>404</html>"),
-    "16-bit image": lambda: fill(IMAGE, 0, dtype=np.uint16),
+    "16-bit image among others": lambda: fill(IMAGE, 0, dtype=np.uint16),
+    "band that the network lacks": lambda: save_bands(5),
+    "pixel that is no number": save_nan,
     "mask as JPEG": as_other_name,
     "JPEG named PNG": lambda: save_as_jpeg(MASK),
     "colour mask": lambda: fill(MASK, 0, (32, 48, 3)),
