@@ -516,6 +516,18 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
         self.metrics.reset()
         self._cross_entropy_sum, self._more_sums = 0.0, []
 
+    def check_for_calibration(self) -> None:
+        """Refuse to calibrate a network whose weights are spread over the processes.
+
+        Raises:
+            InputError: the training is sharded.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError(
+                "calibrate needs the whole network in every process, but FSDP and DeepSpeed spread its weights. Train "
+                "without it, and use `pals-hf calibrate` afterwards"
+            )
+
     def calibrate(self, eval_dataset: Any = None) -> dict[str, Any]:
         """Calibrate the network by one temperature, which is folded into its classifier.
 
@@ -532,6 +544,7 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
         Raises:
             InputError: the images do not determine a temperature, or the network cannot be calibrated.
         """
+        self.check_for_calibration()
         images = self.eval_dataset if eval_dataset is None else eval_dataset
         if not hasattr(images, "__getitem__") or not hasattr(images, "__len__"):
             raise InputError("calibration needs images that can be read by their index, not a stream")

@@ -191,7 +191,7 @@ def build_trainer(
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
     build = build_streams if args.streaming else build_datasets
     train_dataset, eval_dataset = build(args, config, data, manifest, processor)
-    return PALSTrainer(
+    trainer = PALSTrainer(
         model,
         config,
         train_dataset=train_dataset,
@@ -200,6 +200,9 @@ def build_trainer(
         callbacks=callbacks,
         card_facts=card_facts(args, data, manifest),
     )
+    if args.calibrate:
+        trainer.check_for_calibration()
+    return trainer
 
 
 def card_facts(
