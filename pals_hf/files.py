@@ -37,11 +37,25 @@ def read_json(path: str | os.PathLike) -> Any:
             missing.
     """
     try:
-        return json.loads(read_bytes(path).decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
-    except RecursionError as error:
-        raise InputError(f"{path} is not readable JSON: it is nested too deeply") from error
+        return parse_json(read_bytes(path))
+    except InputError as error:
+        raise InputError(f"{path} is {error}") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable JSON: {first_line(error)}") from error
+
+
+def parse_json(content: bytes) -> Any:
+    """Parse the content of a JSON file as UTF-8, with or without a byte order mark.
+
+    Raises:
+        InputError: it is not JSON, or an object has two entries of one name.
+    """
+    try:
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
+    except RecursionError as error:
+        raise InputError("not readable JSON: it is nested too deeply") from error
+    except ValueError as error:
+        raise InputError(f"not readable JSON: {first_line(error)}") from error
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

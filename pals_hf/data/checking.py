@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from PIL import ImageOps
 
 from ..errors import InputError, first_line
 from ..files import read_bytes
+from .annotations.drawing import Sizes
 from .caching import cached_map
 from .classes import Classes, Color, Palettes
 from .pictures import decode_picture, orientation_of_mask, refuse_deep, turn
@@ -72,6 +73,8 @@ def check_split(
     """
     raw = split.cast_column("image", Image(decode=False)).cast_column("labels", Image(decode=False))
     meaning = f"{_FORMAT} {fingerprint} {len(classes.names)} {sorted(classes.codes.items())}"
+    if classes.annotations is not None:
+        meaning += f" {classes.annotations}"
     found = cached_map(
         raw,
         lambda example: _check_pair(example, classes),
@@ -148,7 +151,7 @@ class LabelCount:
     def is_enough(self) -> bool:
         """Whether two classes are labelled, or for validation one class and no pixel is left that may be another."""
         present = np.count_nonzero(self.pixels[:-1])
-        may_be_class = self.pixels[-1] > 0 and not self.classes.by_color
+        may_be_class = self.pixels[-1] > 0 and self.classes.has_raw_values
         return present >= 2 or (present == 1 and not self.is_training and not may_be_class)
 
     def check(self) -> None:
@@ -161,8 +164,8 @@ class LabelCount:
         but = "training needs at least two classes" if self.is_training else "without labels there is no score"
         if present and not self.is_training:
             but = "also unlabelled pixels, which may be another class"
-        hint = "Check void_labels."
-        if unlabelled and not self.classes.by_color:
+        hint = "Check void_labels." if self.classes.annotations is None else "Check the annotations and unlabelled."
+        if unlabelled and self.classes.has_raw_values:
             hint += (
                 " The value 255 always means no label. If 255 is a class, give a palette file, which names colours."
             )
@@ -209,6 +212,23 @@ def check_stream(
     if number == LOOKED_AT:
         count.name = f"first {LOOKED_AT} {name}"
     count.check()
+
+
+def is_black_and_white(class_pixels: np.ndarray) -> bool:
+    """Tell whether masks of two classes, 0 and 1, hold 0 and 255 only, by the numbers of their pixels."""
+    first, second, unlabelled = class_pixels.tolist()
+    return first > 0 and second == 0 and unlabelled > 0
+
+
+def shows_black_and_white(streams: Iterable[Iterable[dict[str, Any]]], classes: Classes) -> bool:
+    """Tell whether the first masks of streams hold 0 and 255 only, as far as they can be read."""
+    pixels = np.zeros(3, dtype=np.int64)
+    for row in itertools.chain.from_iterable(itertools.islice(rows, LOOKED_AT) for rows in streams):
+        with suppress(InputError):  # which is raised by `check_stream`, unless it is to be skipped
+            pixels += count_pixels(read_pair(row, classes).labels, classes)
+        if pixels[1]:
+            return False
+    return is_black_and_white(pixels)
 
 
 class Pair(NamedTuple):
@@ -258,8 +278,15 @@ def read_pair(example: dict[str, Any], classes: Classes) -> Pair:
     Raises:
         InputError: the image or the mask cannot be read, the mask holds an unknown value, or their sizes differ.
     """
-    image, image_hash, image_name = _decode(example, "image")
-    mask, _, mask_name = _decode(example, "labels")
+    content, image_name = _content_of(example, "image")
+    image, image_hash = decode_picture(content, image_name), hashlib.sha256(content).hexdigest()
+    upright = ImageOps.exif_transpose(image)
+    content, mask_name = _content_of(example, "labels")
+    if classes.annotations is None:
+        mask = decode_picture(content, mask_name)
+    else:
+        with _naming(mask_name):
+            mask = classes.annotations.draw(content, Sizes(upright.size, image.size))
     with _naming(mask_name):
         labels = classes.encode(mask)
     with _naming(image_name):
@@ -267,7 +294,6 @@ def read_pair(example: dict[str, Any], classes: Classes) -> Pair:
     orientation = orientation_of_mask(mask, image)
     if orientation is not None:
         labels = np.asarray(turn(PILImage.fromarray(labels), orientation))
-    upright = ImageOps.exif_transpose(image)
     if labels.shape != (upright.height, upright.width):
         raise InputError(
             f"{mask_name}: the mask has {mask.width}x{mask.height} pixels, but its image {image_name} has "
@@ -285,8 +311,8 @@ def _naming(name: str) -> Iterator[None]:
         raise InputError(f"{name}: {error}") from error
 
 
-def _decode(example: dict[str, Any], column: str) -> tuple[Picture, str, str]:
-    """Return a picture as it is stored (not rotated), the hash of its bytes, and its name for messages."""
+def _content_of(example: dict[str, Any], column: str) -> tuple[bytes, str]:
+    """Return the bytes of an image or its labels, and their name for messages."""
     encoded = example[column]
     if encoded is None:
         raise InputError(f"{column} of {example['id']} is missing")
@@ -294,7 +320,6 @@ def _decode(example: dict[str, Any], column: str) -> tuple[Picture, str, str]:
     if encoded["bytes"] is None and encoded["path"] is None:
         raise InputError(f"{name} is empty: it has neither bytes nor a path")
     try:
-        content = encoded["bytes"] if encoded["bytes"] is not None else read_bytes(encoded["path"])
+        return encoded["bytes"] if encoded["bytes"] is not None else read_bytes(encoded["path"]), name
     except (OSError, ValueError) as error:
         raise InputError(f"{name} is not a readable image: {first_line(error)}") from error
-    return decode_picture(content, name), hashlib.sha256(content).hexdigest(), name

@@ -365,7 +365,7 @@ class TestClassesOfALayout:
         raw = np.array(PILImage.open(home / "SegmentationClass" / "plant7_000032.png"))
         assert np.array_equal(masks_of(data.train)[0] == 4, raw == 15)
 
-    @pytest.mark.parametrize("name", ["class_names.txt", "_classes.csv"])
+    @pytest.mark.parametrize("name", ["classes.txt", "obj.names"])
     def test_names_in_a_file_of_another_program(self, tmp_path, name):
         home = data_sets.voc2012(tmp_path) / "VOCdevkit" / "VOC2012"
         (home / name).write_text("mud\nsand\n")

@@ -1,0 +1,100 @@
+"""Find the images that an annotation file names. The paths in such files are often those of another machine."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from ...errors import InputError
+from ..layouts import Record, images_below, split_of
+
+
+class ImageIndex:
+    """The images in a folder and its subfolders, by name."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._by_name: dict[str, list[Path]] = defaultdict(list)
+        self._by_place: dict[Path, list[Path]] = defaultdict(list)
+        for path in images_below(root):
+            self._by_name[_composed(path.name)].append(path)
+            self._by_place[path.with_suffix("")].append(path)
+
+    def knows(self, name: str) -> bool:
+        """Tell whether an image has the last part of this name."""
+        return _composed(name.rpartition("/")[2]) in self._by_name
+
+    def beside(self, path: Path) -> Path | None:
+        """Return the only image that has the name of a file, up to the suffix, and is in its folder."""
+        found = self._by_place.get(path.with_suffix(""), [])
+        return found[0] if len(found) == 1 else None
+
+    def find(self, name: object, source: Path, split: str) -> Path:
+        """Return the image of a name in an annotation file.
+
+        It is the image whose path ends like the name, or else has the name's last part. Among several, an image beside
+        the annotation file or in a folder of its split is preferred.
+
+        Args:
+            name: path or name of the image.
+            source: the annotation file.
+            split: split of the annotation file.
+
+        Raises:
+            InputError: there is no such image, or several.
+        """
+        if not isinstance(name, str) or not name:
+            raise InputError(f"{source}: the name of an image must be text, got {name!r}")
+        parts = PurePosixPath(_composed(name.replace("\\", "/"))).parts
+        found = self._by_name.get(parts[-1], []) if parts else []
+        while len(found) > 1 and parts:
+            ending = tuple(part for part in parts if part not in ("..", ".", "/"))
+            same = [path for path in found if _parts(path, self.root)[-len(ending) :] == ending]
+            found, parts = (same, ()) if same else (found, parts[1:])
+        if len(found) > 1:
+            found = (
+                [path for path in found if path.parent == source.parent]
+                or [path for path in found if split_of(path.relative_to(self.root)) == split]
+                or found
+            )
+        if not found:
+            raise InputError(
+                f"{source} names the image {name!r}, which is not in {self.root}. Add the image, or remove it from "
+                "the file."
+            )
+        if len(found) > 1:
+            raise InputError(
+                f"{source} names the image {name!r}, which may be {found[0]} or {found[1]}. Rename or remove one of "
+                "them."
+            )
+        return found[0]
+
+
+def to_records(pairs: Iterable[tuple[Path, Path | dict]]) -> list[Record]:
+    """Return records of images and their labels. Ids are the paths below the folder that all images have in common.
+
+    Raises:
+        InputError: two images have the same name, up to the suffix.
+    """
+    pairs = list(pairs)
+    folder = os.path.commonpath([image.parent for image, _ in pairs]) if pairs else ""
+    records: dict[str, Record] = {}
+    for image, labels in pairs:
+        id = _composed(image.relative_to(folder).with_suffix("").as_posix())
+        if id in records:
+            if records[id].image == image:
+                raise InputError(f"{image} is annotated twice, in the same file or in two. Remove one of them.")
+            raise InputError(f"{records[id].image} and {image} have the same name. Rename or remove one of them.")
+        records[id] = Record(id, image, labels)
+    return [records[id] for id in sorted(records)]
+
+
+def _parts(path: Path, root: Path) -> tuple[str, ...]:
+    return tuple(map(_composed, path.relative_to(root).parts))
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
