@@ -13,6 +13,10 @@ from data_sets import save
 from PIL import Image as PILImage
 from PIL import ImageDraw, TiffImagePlugin
 
+from pals_hf.data.checking import read_pair
+from pals_hf.data.columns import to_stream
+from pals_hf.data.sources import find_source
+
 WIDTH, HEIGHT = 48, 32
 CLASSES = ("car", "road")
 COLORS = {"background": (0, 0, 0), "car": (128, 0, 0), "road": (0, 128, 0)}
@@ -315,3 +319,31 @@ WRITERS = {
     "my_imagej": imagej,
     "my_kaggle": kaggle,
 }
+
+
+def read(root, **options):
+    """Read a data set without the cache: its source, and the labels of each image by its id."""
+    names = tuple(
+        options.pop(name, default) for name, default in (("id2label", None), ("palette", None), ("void", ()))
+    )
+    source = find_source(None, root, None, (None, None), names, **options)
+    labels = {}
+    for split in ("train", "validation"):
+        if split in source.splits:
+            for row in to_stream(source.splits[split]):
+                labels[row["id"]] = read_pair(row, source.classes).labels
+    return source, labels
+
+
+def expected(found, values=None):
+    """The labels of scenes, by the last part of their names."""
+    return {name: np.asarray(drawn(shapes, values)) for name, _, shapes in found}
+
+
+def assert_as_drawn(labels, values=None):
+    """Every image has the labels of its scene, filled by PIL."""
+    masks = expected(scenes(6), values)
+    assert len(labels) == 6
+    for id, found in labels.items():
+        name = next(name for name in masks if name in id)
+        assert np.array_equal(found, masks[name]), id

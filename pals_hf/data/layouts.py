@@ -206,7 +206,7 @@ def read_folder(root: Path) -> Layout:
     if "train" not in splits:
         there = next(images_below(root), None)
         has = "has no images" if there is None else f"has images, like {there}, but not in a layout that is known"
-        raise InputError(f"{root} {has}. {_advice(root, there)}")
+        raise InputError(f"{root} {has}. {_advice(root)}")
     return Layout(root.resolve().name, root, splits, notes=unused(root, splits))
 
 
@@ -227,12 +227,7 @@ def _find_splits(root: Path) -> dict[str, list[Record]]:
     return splits
 
 
-def _advice(root: Path, there: Path | None) -> str:
-    if there is not None and re.match(r"task-.+-annotation-.+", there.name):
-        return (
-            "These are brush masks of Label Studio, which do not name their images. Export the project as JSON, and "
-            "put the file and the images into the folder."
-        )
+def _advice(root: Path) -> str:
     if (root / "SegmentationClass").is_dir():
         return f"{root / 'JPEGImages'} is missing. Export the data set with its images, or copy them there."
     return "It must contain train/images and train/masks, images/train and masks/train, or images and masks."

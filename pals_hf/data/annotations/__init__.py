@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import InputError
-from ..layouts import SPLITS, files_below, images_below, split_of
+from ..layouts import SPLITS, files_below, images_below, masks_in, split_of
 from .found import Annotated, Annotations
 
 __all__ = ["Annotated", "Annotations", "find_annotations", "read_annotations"]
@@ -36,6 +36,12 @@ def find_annotations(root: Path) -> tuple[str, Files] | None:
         raise InputError(
             f"{root} has annotations of two formats: {one} ({_first(first)}) and {two} ({_first(second)}). Remove one "
             "of them, or move it out of the folder."
+        )
+    brush_mask = next(root.glob("**/task-*-annotation-*.png"), None)
+    if not found and brush_mask is not None and masks_in(root) is None:
+        raise InputError(
+            f"{brush_mask} is a brush mask of Label Studio, which does not name its image. Export the project as JSON, "
+            "and put the file and the images into the folder."
         )
     return next(iter(found.items()), None)
 

@@ -130,6 +130,8 @@ def _records(content: _File, path: Path, split: str, images: ImageIndex, used: s
         raise InputError(f"{path} is an empty export: it names no images")
     if not content.annotations and split != "test":
         raise InputError(f"{path} is an empty export: it has no annotations")
+    if len({image.id for image in content.images}) < len(content.images):
+        raise InputError(f"{path} has two images of one id. Give each image an id of its own.")
     known = {category.id for category in content.categories}
     by_image: dict[int, list[msgspec.Raw]] = defaultdict(list)
     for number, raw in enumerate(content.annotations):
@@ -151,14 +153,12 @@ def _records(content: _File, path: Path, split: str, images: ImageIndex, used: s
             f"{path}: an annotation belongs to the image {min(strangers)}, which is not among the images. Add it to "
             "them, or remove the annotation."
         )
-    if len({image.id for image in content.images}) < len(content.images):
-        raise InputError(f"{path} has two images of one id. Give each image an id of its own.")
     pairs = []
     for image in content.images:
         labels = _Labels(image.width, image.height, by_image[image.id])
         row = {"bytes": msgspec.json.encode(labels), "path": f"{path} ({image.file_name})"}
         pairs.append((images.find(image.file_name, path, split), row))
-    return to_records(pairs)
+    return to_records(pairs, path)
 
 
 def _shape_of(segmentation: Any, size: tuple[int, int], what: str) -> np.ndarray:

@@ -73,8 +73,12 @@ class ImageIndex:
         return found[0]
 
 
-def to_records(pairs: Iterable[tuple[Path, Path | dict]]) -> list[Record]:
+def to_records(pairs: Iterable[tuple[Path, Path | dict]], source: Path) -> list[Record]:
     """Return records of images and their labels. Ids are the paths below the folder that all images have in common.
+
+    Args:
+        pairs: images and their labels.
+        source: the file or folder that names them, for messages.
 
     Raises:
         InputError: two images have the same name, up to the suffix.
@@ -86,7 +90,7 @@ def to_records(pairs: Iterable[tuple[Path, Path | dict]]) -> list[Record]:
         id = _composed(image.relative_to(folder).with_suffix("").as_posix())
         if id in records:
             if records[id].image == image:
-                raise InputError(f"{image} is annotated twice, in the same file or in two. Remove one of them.")
+                raise InputError(f"{source} has annotations of the image {image} twice. Remove one of them.")
             raise InputError(f"{records[id].image} and {image} have the same name. Rename or remove one of them.")
         records[id] = Record(id, image, labels)
     return [records[id] for id in sorted(records)]

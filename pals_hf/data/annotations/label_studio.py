@@ -123,7 +123,7 @@ def read(root: Path, files: Mapping[str, list[Path]]) -> Annotated:
             raise InputError(f"{path} is an empty export: it has no task with an annotation")
         if len(pairs) < len(tasks):
             notes.append(f"{path} has {len(tasks) - len(pairs)} tasks without an annotation, which are not used")
-        splits[split] = to_records(pairs)
+        splits[split] = to_records(pairs, path)
     values = {label: value for value, label in enumerate(sorted(labels), start=1)}
     source = next(path for (path,) in files.values())
     return Annotated("Label Studio", splits, tuple(values), LabelStudio(values), tuple(notes), source)

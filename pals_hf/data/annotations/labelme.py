@@ -72,7 +72,7 @@ def read(root: Path, files: Mapping[str, list[Path]]) -> Annotated:
         for path, name in zip(paths, outlines[split]["image"], strict=True):
             beside = images.beside(path)
             pairs.append((beside or images.find(name, path, split), path))
-        splits[split] = to_records(pairs)
+        splits[split] = to_records(pairs, root)
     listed = next(
         (path.parent / NAMES for path in (root / "_", *files["train"]) if (path.parent / NAMES).is_file()), None
     )

@@ -59,11 +59,12 @@ def read(root: Path, files: Mapping[str, list[Path]]) -> Annotated:
     """
     images, splits = ImageIndex(root), {}
     for split, paths in files.items():
-        splits[split] = to_records((images.find(f"img/{path.stem}", path, split), path) for path in paths)
+        splits[split] = to_records(((images.find(f"img/{path.stem}", path, split), path) for path in paths), root)
     meta = read_json(root / META)
-    titles = [entry.get("title") for entry in meta["classes"]]
-    if not has_type(titles, list[str]):
-        raise InputError(f"{root / META} has a class without a title.")
+    classes = meta.get("classes") if isinstance(meta, dict) else None
+    if not has_type(classes, list[dict]) or not all(isinstance(entry.get("title"), str) for entry in classes):
+        raise InputError(f"{root / META} must list the classes, each with a title.")
+    titles = [entry["title"] for entry in classes]
     values = {title: value for value, title in enumerate(titles, start=1)}
     return Annotated("Supervisely", splits, tuple(titles), Supervisely(values), (), root / META)
 

@@ -71,7 +71,8 @@ def read(root: Path, files: Mapping[str, list[Path]]) -> Annotated:
     names = content["names"]
     names = dict(enumerate(names)) if isinstance(names, list) else names
     if not has_type(names, dict[int, str]) or content.get("nc", len(names)) != len(names):
-        raise InputError(f"{source}: `names` must name the {content.get('nc', '')} classes, got {content['names']!r}.")
+        number = f"{content['nc']} " if "nc" in content else ""
+        raise InputError(f"{source}: `names` must name the {number}classes, got {content['names']!r}.")
     splits, notes = {}, []
     index = ImageIndex(root)
     for split, usual in SPLITS.items():
@@ -86,7 +87,9 @@ def read(root: Path, files: Mapping[str, list[Path]]) -> Annotated:
         if missing and split != "test":
             notes.append(f"{missing} images of the {split} split have no text file, so they show none of the classes")
         rows = (text if text.is_file() else {"bytes": b"", "path": str(text)} for text in texts)
-        splits[split] = to_records(zip(paths, rows, strict=True))
+        splits[split] = to_records(zip(paths, rows, strict=True), source)
+    if "train" not in splits:
+        raise InputError(f"{source} names no images for the train split. Add them, like `train: images/train`.")
     numbers = sorted(names)
     values = {number: value for value, number in enumerate(numbers, start=1)}
     return Annotated("YOLO", splits, tuple(names[number] for number in numbers), Yolo(values), tuple(notes), source)
