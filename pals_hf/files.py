@@ -29,6 +29,21 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     return path.read_bytes()
 
 
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """Read the lines of a text file as UTF-8, with or without a byte order mark, without space at their ends.
+
+    Empty lines are left out.
+
+    Raises:
+        InputError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        lines = read_bytes(path).decode("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
 def read_json(path: str | os.PathLike) -> Any:
     """Read a JSON file as UTF-8, with or without a byte order mark.
 

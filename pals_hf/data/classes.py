@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import InputError
-from ..files import read_bytes, read_json
+from ..files import read_bytes, read_json, read_lines
 from .pictures import is_inverted
 
 if TYPE_CHECKING:
@@ -386,7 +386,7 @@ def _read_names(path: Path) -> object:
             raise InputError(f"{path} names the value {twice} twice")
         return dict(rows)
     if path.suffix.lower() == ".txt":
-        lines = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+        lines = read_lines(path)
         return lines[1:] if lines[:1] == ["__ignore__"] else lines  # which labelme writes as 255
     return _read_json(path)
 
@@ -400,16 +400,9 @@ def _read_json(path: Path) -> object:
         raise InputError(f"{path} is missing. It must name the classes, like {{'0': 'sky', '1': 'road'}}.") from error
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return read_bytes(path).decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-
-
 def _read_table(path: Path, columns: int) -> list[list[str]]:
     """Read the rows of a CSV file below its header."""
-    rows = [[cell.strip() for cell in row] for row in csv.reader(_read_text(path).splitlines()) if row]
+    rows = [[cell.strip() for cell in row] for row in csv.reader(read_lines(path))]
     for number, row in enumerate(rows, start=1):
         if len(row) != columns:
             raise InputError(f"{path}, row {number}: expected {columns} columns, got {row}")

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from ..files import read_bytes, walk
+from ..files import read_lines, walk
 
 _IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm")
 _IMAGE_SUFFIXES += (".tif", ".tiff", ".webp")
@@ -395,11 +395,7 @@ def _unreadable(error: OSError) -> None:
 
 
 def _read_ids(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in read_bytes(path).decode("utf-8-sig").splitlines()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    return [re.sub(r"\s+-?[01]$", "", line) for line in lines if line]  # VOC's lists of one class have a flag
+    return [re.sub(r"\s+-?[01]$", "", line) for line in read_lines(path)]  # VOC's lists of one class have a flag
 
 
 def _below(folder: Path, name: str, source: Path) -> Path:

@@ -24,11 +24,13 @@ Files = dict[str, list[Path]]
 
 
 def find_annotations(root: Path) -> tuple[str, Files] | None:
-    """Return the format of the annotations in a folder and their files by split, or None if it has none.
+    """Return the format of the annotations in a folder and their files by split, or None if there are none.
 
     Raises:
         InputError: there are annotations of two formats, or two files for one split.
     """
+    if not root.is_dir():
+        return None
     found = {**_find_in_json(root), "Supervisely": _find_supervisely(root), "YOLO": _find_yolo(root)}
     found = {format: files for format, files in found.items() if files}
     if len(found) > 1:
@@ -37,13 +39,18 @@ def find_annotations(root: Path) -> tuple[str, Files] | None:
             f"{root} has annotations of two formats: {one} ({_first(first)}) and {two} ({_first(second)}). Remove one "
             "of them, or move it out of the folder."
         )
-    brush_mask = next(root.glob("**/task-*-annotation-*.png"), None)
-    if not found and brush_mask is not None and masks_in(root) is None:
-        raise InputError(
-            f"{brush_mask} is a brush mask of Label Studio, which does not name its image. Export the project as JSON, "
-            "and put the file and the images into the folder."
-        )
+    if not found and masks_in(root) is None:
+        _refuse_brush_masks(root)
     return next(iter(found.items()), None)
+
+
+def _refuse_brush_masks(root: Path) -> None:
+    for path in images_below(root):
+        if re.match(r"task-.+-annotation-", path.name):
+            raise InputError(
+                f"{path} is a brush mask of Label Studio, which does not name its image. Export the project as JSON, "
+                "and put the file and the images into the folder."
+            )
 
 
 def read_annotations(root: Path, format: str, files: Files) -> Annotated:
@@ -136,16 +143,16 @@ def _format_of(path: Path) -> str | None:
 
 def _find_supervisely(root: Path) -> Files:
     """Find `meta.json` beside data sets, folders of `img` and `ann`, which are the splits if they are called so."""
-    meta = root / "meta.json"
-    by_folder = {folder.parent: sorted(folder.glob("*.json")) for folder in sorted(root.glob("**/ann"))}
-    if not meta.is_file() or not by_folder:
+    if not (root / "meta.json").is_file():
         return {}
-    is_split = any(split_of(folder.relative_to(root)) for folder in by_folder)
+    paths = [path for path in files_below(root) if path.suffix == ".json" and path.parent.name == "ann"]
+    split_of_folder = {path.parent: split_of(path.parent.relative_to(root)) for path in paths}
+    if not any(split_of_folder.values()):
+        split_of_folder = dict.fromkeys(split_of_folder, "train")
     files: Files = {}
-    for folder, paths in by_folder.items():
-        split = split_of(folder.relative_to(root)) if is_split else "train"
-        if split is not None:
-            files.setdefault(split, []).extend(paths)
+    for path in paths:
+        if split_of_folder[path.parent] is not None:
+            files.setdefault(split_of_folder[path.parent], []).append(path)
     return files
 
 

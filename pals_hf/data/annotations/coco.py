@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
+from PIL import Image as PILImage
 from pycocotools import mask as coco_mask
 
 from ...errors import InputError
@@ -81,13 +82,13 @@ class Coco:
             InputError: a polygon or a mask in run-length encoding is damaged, or the image has another size.
         """
         labels = msgspec.json.decode(content, type=_Labels)
-        canvas = Canvas(sizes, (labels.width, labels.height))
+        size = Canvas(sizes, (labels.width, labels.height)).size
+        mask = np.zeros(size[::-1], dtype=np.uint8)
         for raw in labels.annotations:
             annotation = msgspec.json.decode(raw, type=_Annotation)
-            what = f"annotation {annotation.id}"
-            shape = _shape_of(annotation.segmentation, canvas.size, what)
-            canvas.stamp(shape, 0, 0, self.values[annotation.category_id], what)
-        return canvas.mask
+            shape = _shape_of(annotation.segmentation, size, f"annotation {annotation.id}")
+            mask[shape] = self.values[annotation.category_id]
+        return PILImage.fromarray(mask)
 
 
 def read(root: Path, files: Mapping[str, list[Path]]) -> Annotated:
@@ -105,7 +106,7 @@ def read(root: Path, files: Mapping[str, list[Path]]) -> Annotated:
     named_by: Path | None = None
     splits, notes, used, parents = {}, [], set(), set()
     for split, (path,) in files.items():
-        content = decode_file(path, _File)
+        content = decode_file(path, _File, "Export COCO's JSON for instances again.")
         found = {category.id: category.name for category in content.categories}
         if len(found) < len(content.categories):
             raise InputError(f"{path} has two categories of one id. Give each category an id of its own.")
@@ -177,7 +178,7 @@ def _shape_of(segmentation: Any, size: tuple[int, int], what: str) -> np.ndarray
         pairs = corners([polygon[at : at + 2] for at in range(0, len(polygon), 2)], size, what)
         flat.append([coordinate for pair in pairs for coordinate in pair])
     runs = coco_mask.merge(coco_mask.frPyObjects(flat, height, width))
-    return coco_mask.decode(runs).astype(bool)
+    return coco_mask.decode(runs).view(bool)
 
 
 def _decode_runs(encoded: dict[str, Any], size: tuple[int, int], what: str) -> np.ndarray:

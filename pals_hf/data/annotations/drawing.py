@@ -6,7 +6,6 @@ themselves.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,9 +14,9 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 
 from ...errors import InputError
-from ...files import has_type
 
 Point = tuple[float, float]
+_LARGEST = 1e9  # coordinate, of which no image is so large
 
 
 class Sizes(NamedTuple):
@@ -120,9 +119,7 @@ def corners(
             it reaches further over the edge than the image is large, which means that the coordinates have another
             unit.
     """
-    if not has_type(points, list[list[float]]) or not all(
-        len(point) == 2 and all(map(math.isfinite, point)) for point in points
-    ):
+    if not are_points(points):
         raise InputError(f"{what} has corners that are not pairs of numbers. Draw the region again, or remove it.")
     if len(points) < least if number is None else len(points) != number:
         needed = f"at least {least}" if number is None else f"exactly {number}"
@@ -135,6 +132,14 @@ def corners(
                 "annotation of another image, or are its coordinates not in the unit of this format?"
             )
     return [(x, y) for x, y in points]
+
+
+def are_points(points: object) -> bool:
+    """Tell whether a value from JSON is a list of pairs of finite numbers."""
+    if not isinstance(points, list) or not all(isinstance(point, list) and len(point) == 2 for point in points):
+        return False
+    coordinates = [coordinate for point in points for coordinate in point]
+    return set(map(type, coordinates)) <= {int, float} and all(-_LARGEST < value < _LARGEST for value in coordinates)
 
 
 def to_pixels(share: float, length: int) -> float:

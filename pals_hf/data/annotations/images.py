@@ -17,11 +17,17 @@ class ImageIndex:
 
     def __init__(self, root: Path):
         self.root = root
+        self._by_path: dict[str, Path] = {}
         self._by_name: dict[str, list[Path]] = defaultdict(list)
-        self._by_place: dict[Path, list[Path]] = defaultdict(list)
+        self._by_stem: dict[str, list[Path]] = defaultdict(list)
         for path in images_below(root):
-            self._by_name[_composed(path.name)].append(path)
-            self._by_place[path.with_suffix("")].append(path)
+            place = self._place_of(path)
+            self._by_path[place] = path
+            self._by_name[PurePosixPath(place).name].append(path)
+            self._by_stem[str(PurePosixPath(place).with_suffix(""))].append(path)
+
+    def _place_of(self, path: Path) -> str:
+        return _composed(path.relative_to(self.root).as_posix())
 
     def knows(self, name: str) -> bool:
         """Tell whether an image has the last part of this name."""
@@ -29,14 +35,14 @@ class ImageIndex:
 
     def beside(self, path: Path) -> Path | None:
         """Return the only image that has the name of a file, up to the suffix, and is in its folder."""
-        found = self._by_place.get(path.with_suffix(""), [])
+        found = self._by_stem.get(self._place_of(path.with_suffix("")), [])
         return found[0] if len(found) == 1 else None
 
     def find(self, name: object, source: Path, split: str) -> Path:
         """Return the image of a name in an annotation file.
 
-        It is the image whose path ends like the name, or else has the name's last part. Among several, an image beside
-        the annotation file or in a folder of its split is preferred.
+        The name is looked up in the folder of the annotation file and in those above it, with as much of its path as
+        possible, and then anywhere. Among several, an image in a folder of the file's split is preferred.
 
         Args:
             name: path or name of the image.
@@ -48,18 +54,17 @@ class ImageIndex:
         """
         if not isinstance(name, str) or not name:
             raise InputError(f"{source}: the name of an image must be text, got {name!r}")
-        parts = PurePosixPath(_composed(name.replace("\\", "/"))).parts
+        every = PurePosixPath(_composed(name.replace("\\", "/"))).parts
+        parts = [part for part in every if part not in ("..", ".", "/")]
+        folders = [folder for folder in source.parents if folder.is_relative_to(self.root)]
+        for start in range(len(parts)):
+            for folder in folders:
+                path = self._by_path.get(self._place_of(folder.joinpath(*parts[start:])))
+                if path is not None:
+                    return path
         found = self._by_name.get(parts[-1], []) if parts else []
-        while len(found) > 1 and parts:
-            ending = tuple(part for part in parts if part not in ("..", ".", "/"))
-            same = [path for path in found if _parts(path, self.root)[-len(ending) :] == ending]
-            found, parts = (same, ()) if same else (found, parts[1:])
         if len(found) > 1:
-            found = (
-                [path for path in found if path.parent == source.parent]
-                or [path for path in found if split_of(path.relative_to(self.root)) == split]
-                or found
-            )
+            found = [path for path in found if split_of(path.relative_to(self.root)) == split] or found
         if not found:
             raise InputError(
                 f"{source} names the image {name!r}, which is not in {self.root}. Add the image, or remove it from "
@@ -94,10 +99,6 @@ def to_records(pairs: Iterable[tuple[Path, Path | dict]], source: Path) -> list[
             raise InputError(f"{records[id].image} and {image} have the same name. Rename or remove one of them.")
         records[id] = Record(id, image, labels)
     return [records[id] for id in sorted(records)]
-
-
-def _parts(path: Path, root: Path) -> tuple[str, ...]:
-    return tuple(map(_composed, path.relative_to(root).parts))
 
 
 def _composed(name: str) -> str:

@@ -15,7 +15,7 @@ import msgspec
 from ...errors import InputError
 from ...files import has_type
 from .bitmaps import decode_brush
-from .drawing import Canvas, Sizes, to_pixels
+from .drawing import Canvas, Sizes, are_points, to_pixels
 from .found import Annotated
 from .images import ImageIndex, to_records
 from .json_files import decode_file
@@ -109,7 +109,7 @@ def read(root: Path, files: Mapping[str, list[Path]]) -> Annotated:
     images, labels = ImageIndex(root), set()
     splits, notes = {}, []
     for split, (path,) in files.items():
-        tasks = decode_file(path, list[_Task])
+        tasks = decode_file(path, list[_Task], "Export the project as JSON, not as JSON-MIN.")
         pairs = []
         for task in tasks:
             annotation = _annotation_of(task, path)
@@ -195,6 +195,6 @@ def _draw(canvas: Canvas, region: _Region, value: int, what: str) -> None:
 
 def _in_pixels(points: Any, size: tuple[int, int]) -> Any:
     """Return points that are given as percentages. What is wrong with them is said when they are drawn."""
-    if not has_type(points, list[list[float]]):
+    if not are_points(points):
         return points
-    return [[to_pixels(share / 100, length) for share, length in zip(point, size, strict=False)] for point in points]
+    return [[to_pixels(share / 100, length) for share, length in zip(point, size, strict=True)] for point in points]

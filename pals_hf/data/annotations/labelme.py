@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from ...errors import InputError
-from ...files import has_type, parse_json, read_bytes, read_json
+from ...files import has_type, parse_json, read_json, read_lines
 from ..caching import cached_map
 from ..checking import fingerprint_of_files
 from .bitmaps import decode_base64_png
@@ -73,11 +73,9 @@ def read(root: Path, files: Mapping[str, list[Path]]) -> Annotated:
             beside = images.beside(path)
             pairs.append((beside or images.find(name, path, split), path))
         splits[split] = to_records(pairs, root)
-    listed = next(
-        (path.parent / NAMES for path in (root / "_", *files["train"]) if (path.parent / NAMES).is_file()), None
-    )
+    listed = next((path for path in (root / NAMES, files["train"][0].parent / NAMES) if path.is_file()), None)
     if listed is not None:
-        labels = [line.strip() for line in read_bytes(listed).decode("utf-8-sig").splitlines() if line.strip()]
+        labels = read_lines(listed)
     else:
         labels = sorted({label for found in outlines.values() for some in found["labels"] for label in some})
     if not labels:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ...errors import InputError, first_line
-from ...files import has_type, read_bytes
+from ...files import has_type, read_bytes, read_lines
 from ..layouts import SPLITS, images_below
 from .drawing import Canvas, Sizes, to_pixels
 from .found import Annotated
@@ -120,8 +120,7 @@ def _images(place: Any, source: Path, index: ImageIndex, split: str) -> list[Pat
         if found.is_dir():
             return list(images_below(found))
         if found.is_file():
-            lines = read_bytes(found).decode("utf-8-sig", errors="replace").splitlines()
-            return [index.find(line.strip(), found, split) for line in lines if line.strip()]
+            return [index.find(line, found, split) for line in read_lines(found)]
     raise InputError(f"{source}: the {split} images are in {place}, which is not below {source.parent}. Correct it.")
 
 

@@ -91,7 +91,7 @@ def first(content):
             lambda c: first(c).update(segmentation=[[60, 1, 70, 1, 70, 9]]),
             "reaches from 60 to 70, but the image has a width",
         ),
-        (lambda c: first(c).update(segmentation=[[1, 1, 1e9, 1, 7, 9]]), "reaches from 1 to 1e[+]09"),
+        (lambda c: first(c).update(segmentation=[[1, 1, 1e6, 1, 7, 9]]), "reaches from 1 to 1e[+]06"),
         (lambda c: first(c).update(segmentation=[]), "annotation 1 has no segmentation, only a box"),
         (lambda c: first(c).pop("segmentation"), "annotation 1 has no segmentation, only a box"),
         (

@@ -59,7 +59,8 @@ def test_a_region_over_the_edge_is_cut_off(canvas):
         (None, "a has corners that are not pairs of numbers"),
         ([[25, 0], [30, 1], [27, 3]], "a reaches from 25 to 30, but the image has a width of 20 pixels"),
         ([[0, -9], [3, -1], [1, -4]], "a reaches from -9 to -1, but the image has a height of 10 pixels"),
-        ([[0, 0], [3, 1], [1, 1e9]], r"a reaches from 0 to 1e\+09, but the image has a height of 10 pixels"),
+        ([[0, 0], [3, 1], [1, 1e6]], r"a reaches from 0 to 1e\+06, but the image has a height of 10 pixels"),
+        ([[0, 0], [3, 1], [1, 10**400]], "a has corners that are not pairs of numbers"),
     ],
 )
 def test_regions_that_cannot_be_meant(canvas, points, message):
