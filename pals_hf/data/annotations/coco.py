@@ -18,7 +18,7 @@ from ..layouts import Record
 from .drawing import Canvas, Sizes, corners
 from .found import Annotated
 from .images import ImageIndex, to_records
-from .json_files import decode_file
+from .json_files import LargeFile, Span, read_spans
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -38,7 +38,7 @@ class _Category(msgspec.Struct):
 
 
 class _File(msgspec.Struct):
-    """A file whose annotations are not decoded: as Python objects they would need many times their memory."""
+    """A file whose annotations are not decoded: as Python objects they would need many times its size."""
 
     images: list[_Image]
     categories: list[_Category]
@@ -60,9 +60,10 @@ class _Annotation(msgspec.Struct):
 class _Labels(msgspec.Struct):
     """What is kept for each image."""
 
+    file: str
     width: int
     height: int
-    annotations: list[msgspec.Raw]
+    annotations: list[Span]
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,11 @@ class Coco:
         labels = msgspec.json.decode(content, type=_Labels)
         size = Canvas(sizes, (labels.width, labels.height)).size
         mask = np.zeros(size[::-1], dtype=np.uint8)
-        for raw in labels.annotations:
-            annotation = msgspec.json.decode(raw, type=_Annotation)
+        for raw in read_spans(labels.file, labels.annotations):
+            try:
+                annotation = msgspec.json.decode(raw, type=_Annotation)
+            except msgspec.DecodeError as error:  # it was valid when the file was opened
+                raise InputError(f"an annotation is not valid: {error}. Was the file changed?") from error
             shape = _shape_of(annotation.segmentation, size, f"annotation {annotation.id}")
             mask[shape] = self.values[annotation.category_id]
         return PILImage.fromarray(mask)
@@ -106,7 +110,8 @@ def read(root: Path, files: Mapping[str, list[Path]]) -> Annotated:
     named_by: Path | None = None
     splits, notes, used, parents = {}, [], set(), set()
     for split, (path,) in files.items():
-        content = decode_file(path, _File, "Export COCO's JSON for instances again.")
+        file = LargeFile(path, _File, "Export COCO's JSON for instances again.")
+        content = file.content
         found = {category.id: category.name for category in content.categories}
         if len(found) < len(content.categories):
             raise InputError(f"{path} has two categories of one id. Give each category an id of its own.")
@@ -114,7 +119,7 @@ def read(root: Path, files: Mapping[str, list[Path]]) -> Annotated:
             raise InputError(f"{named_by} and {path} have other categories. Export all splits with the same ones.")
         names, named_by = found, path
         parents |= {category.supercategory for category in content.categories}
-        splits[split] = _records(content, path, split, images, used)
+        splits[split] = _records(file, path, split, images, used)
     unused = {id for id, name in names.items() if id not in used and name in parents}
     if unused and len(names) > len(unused):
         shown = ", ".join(repr(names[id]) for id in sorted(unused))
@@ -125,8 +130,9 @@ def read(root: Path, files: Mapping[str, list[Path]]) -> Annotated:
     return Annotated("COCO", splits, tuple(names[id] for id in ids), Coco(values), tuple(notes), named_by)
 
 
-def _records(content: _File, path: Path, split: str, images: ImageIndex, used: set[int]) -> list[Record]:
+def _records(file: LargeFile[_File], path: Path, split: str, images: ImageIndex, used: set[int]) -> list[Record]:
     """Group the annotations by their images, and note the categories that occur."""
+    content = file.content
     if not content.images:
         raise InputError(f"{path} is an empty export: it names no images")
     if not content.annotations and split != "test":
@@ -134,7 +140,7 @@ def _records(content: _File, path: Path, split: str, images: ImageIndex, used: s
     if len({image.id for image in content.images}) < len(content.images):
         raise InputError(f"{path} has two images of one id. Give each image an id of its own.")
     known = {category.id for category in content.categories}
-    by_image: dict[int, list[msgspec.Raw]] = defaultdict(list)
+    by_image: dict[int, list[Span]] = defaultdict(list)
     for number, raw in enumerate(content.annotations):
         try:
             owner = msgspec.json.decode(raw, type=_Owner)
@@ -147,7 +153,7 @@ def _records(content: _File, path: Path, split: str, images: ImageIndex, used: s
                 "the annotation."
             )
         used.add(owner.category_id)
-        by_image[owner.image_id].append(raw)
+        by_image[owner.image_id].append(file.span_of(raw))
     strangers = by_image.keys() - {image.id for image in content.images}
     if strangers:
         raise InputError(
@@ -156,7 +162,7 @@ def _records(content: _File, path: Path, split: str, images: ImageIndex, used: s
         )
     pairs = []
     for image in content.images:
-        labels = _Labels(image.width, image.height, by_image[image.id])
+        labels = _Labels(str(path), image.width, image.height, by_image[image.id])
         row = {"bytes": msgspec.json.encode(labels), "path": f"{path} ({image.file_name})"}
         pairs.append((images.find(image.file_name, path, split), row))
     return to_records(pairs, path)

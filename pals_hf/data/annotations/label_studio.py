@@ -18,7 +18,7 @@ from .bitmaps import decode_brush
 from .drawing import Canvas, Sizes, are_points, to_pixels
 from .found import Annotated
 from .images import ImageIndex, to_records
-from .json_files import decode_file
+from .json_files import LargeFile, Span, read_spans
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -58,7 +58,8 @@ class _Region(msgspec.Struct):
 class _Row(msgspec.Struct):
     """What is kept for each image."""
 
-    regions: list[msgspec.Raw]
+    file: str
+    regions: list[Span]
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class LabelStudio:
         """
         row = msgspec.json.decode(content, type=_Row)
         canvas = None
-        for number, raw in enumerate(row.regions, start=1):
+        for number, raw in enumerate(read_spans(row.file, row.regions), start=1):
             what = f"region {number}"
             try:
                 region = msgspec.json.decode(raw, type=_Region)
@@ -109,7 +110,8 @@ def read(root: Path, files: Mapping[str, list[Path]]) -> Annotated:
     images, labels = ImageIndex(root), set()
     splits, notes = {}, []
     for split, (path,) in files.items():
-        tasks = decode_file(path, list[_Task], "Export the project as JSON, not as JSON-MIN.")
+        file = LargeFile(path, list[_Task], "Export the project as JSON, not as JSON-MIN.")
+        tasks = file.content
         pairs = []
         for task in tasks:
             annotation = _annotation_of(task, path)
@@ -117,7 +119,10 @@ def read(root: Path, files: Mapping[str, list[Path]]) -> Annotated:
                 continue
             regions = [raw for raw in annotation.result if _label_of(raw) is not None]
             labels |= {_label_of(raw) for raw in regions}
-            row = {"bytes": msgspec.json.encode(_Row(regions)), "path": f"{path} (task {task.id})"}
+            row = {
+                "bytes": msgspec.json.encode(_Row(str(path), [file.span_of(raw) for raw in regions])),
+                "path": f"{path} (task {task.id})",
+            }
             pairs.append((images.find(_image_of(task, images, path), path, split), row))
         if not pairs:
             raise InputError(f"{path} is an empty export: it has no task with an annotation")
@@ -140,7 +145,7 @@ def _annotation_of(task: _Task, path: Path) -> _Annotation | None:
     return found[0] if found else None
 
 
-def _label_of(raw: msgspec.Raw) -> str | None:
+def _label_of(raw: msgspec.Raw | bytes) -> str | None:
     """Return the label of a region, or None for an answer on the whole image."""
     try:
         region = msgspec.json.decode(raw, type=_Labels)

@@ -157,3 +157,26 @@ def test_an_image_without_annotations_is_background(root):
     change(root, lambda content: content.update(annotations=content["annotations"][2:]))
     assert not annotation_sets.read(root)[1]["street0"].any()
     assert (annotation_sets.read(root, unlabelled="void")[1]["street0"] == 255).all()
+
+
+def test_a_file_that_changes_after_it_was_opened(root):
+    """A stream reads annotations where they were in the file."""
+    source = annotation_sets.find_source(None, root, None, (None, None), (None, None, ()))
+    change(root, lambda content: content.update(info={"description": "x" * 99}))
+    row = next(iter(annotation_sets.to_stream(source.splits["train"])))
+    with pytest.raises(InputError, match=r"an annotation is not valid: .* Was the file changed"):
+        annotation_sets.read_pair(row, source.classes)
+
+
+def test_a_large_file_stays_on_the_disk(root):
+    """What is kept of an image does not grow with its polygons."""
+
+    def edit(content):
+        for annotation in content["annotations"]:
+            annotation["segmentation"] = [annotation["segmentation"][0] * 500]
+
+    change(root, edit)
+    source = annotation_sets.find_source(None, root, None, (None, None), (None, None, ()))
+    assert (root / FILE).stat().st_size > 100_000
+    rows = list(annotation_sets.to_stream(source.splits["train"]))
+    assert max(len(row["labels"]["bytes"]) for row in rows) < 1000
