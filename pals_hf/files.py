@@ -29,6 +29,21 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     return path.read_bytes()
 
 
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """Read the lines of a text file as UTF-8, with or without a byte order mark, without space at their ends.
+
+    Empty lines are left out.
+
+    Raises:
+        InputError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        lines = read_bytes(path).decode("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
 def read_json(path: str | os.PathLike) -> Any:
     """Read a JSON file as UTF-8, with or without a byte order mark.
 
@@ -37,11 +52,25 @@ def read_json(path: str | os.PathLike) -> Any:
             missing.
     """
     try:
-        return json.loads(read_bytes(path).decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
-    except RecursionError as error:
-        raise InputError(f"{path} is not readable JSON: it is nested too deeply") from error
+        return parse_json(read_bytes(path))
+    except InputError as error:
+        raise InputError(f"{path} is {error}") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable JSON: {first_line(error)}") from error
+
+
+def parse_json(content: bytes) -> Any:
+    """Parse the content of a JSON file as UTF-8, with or without a byte order mark.
+
+    Raises:
+        InputError: it is not JSON, or an object has two entries of one name.
+    """
+    try:
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
+    except RecursionError as error:
+        raise InputError("not readable JSON: it is nested too deeply") from error
+    except ValueError as error:
+        raise InputError(f"not readable JSON: {first_line(error)}") from error
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

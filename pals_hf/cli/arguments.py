@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 
 from ..data import load_segmentation_dataset
+from ..data.classes import UNLABELLED
 from ..data.fractions import MANIFEST, METHODS
 from ..data.pictures import RGB
 from ..errors import InputError
@@ -42,6 +43,14 @@ class DataArguments:
     palette: str | None = option(None, DATA, "File with class names and colours, for colour masks.")
     void_labels: list[int] = option(
         [], DATA, "Mask values of unlabelled pixels. 255 always is such a value.", in_card=True
+    )
+    unlabelled: str | None = option(
+        None,
+        DATA,
+        "Pixels outside of all polygons of annotations: `background`, a class, or `void`, no label. Default: "
+        "`background`.",
+        choices=UNLABELLED,
+        in_card=True,
     )
     channels: int = option(
         3,
@@ -85,7 +94,7 @@ class DataArguments:
 def source_of(args: DataArguments) -> dict[str, Any]:
     """Return the arguments that say where the data is and what its masks mean."""
     names = ("dataset_name", "dataset_dir", "dataset_config", "image_column", "label_column", "id2label", "palette")
-    return {name: getattr(args, name) for name in (*names, "void_labels")}
+    return {name: getattr(args, name) for name in (*names, "void_labels", "unlabelled")}
 
 
 def read_data(args: DataArguments, skip_bad_samples: bool) -> SegmentationData:

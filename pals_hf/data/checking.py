@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from PIL import ImageOps
 
 from ..errors import InputError, first_line
 from ..files import read_bytes
+from .annotations.drawing import Sizes
 from .caching import cached_map
 from .classes import Classes, Color, Palettes
 from .pictures import (
@@ -87,6 +88,8 @@ def check_split(
     """
     raw = split.cast_column("image", Image(decode=False)).cast_column("labels", Image(decode=False))
     meaning = f"{_FORMAT} {fingerprint} {len(classes.names)} {sorted(classes.codes.items())} {channels}"
+    if classes.annotations is not None:
+        meaning += f" {classes.annotations}"
     found = cached_map(
         raw,
         lambda example: _check_pair(example, classes, channels),
@@ -193,7 +196,7 @@ class LabelCount:
     def is_enough(self) -> bool:
         """Whether two classes are labelled, or for validation one class and no pixel is left that may be another."""
         present = np.count_nonzero(self.pixels[:-1])
-        may_be_class = self.pixels[-1] > 0 and not self.classes.by_color
+        may_be_class = self.pixels[-1] > 0 and self.classes.has_raw_values
         return present >= 2 or (present == 1 and not self.is_training and not may_be_class)
 
     def check(self) -> None:
@@ -206,11 +209,12 @@ class LabelCount:
         but = "training needs at least two classes" if self.is_training else "without labels there is no score"
         if present and not self.is_training:
             but = "also unlabelled pixels, which may be another class"
-        hint = "Check void_labels."
-        if unlabelled and not self.classes.by_color:
-            hint += (
-                " The value 255 always means no label. If 255 is a class, give a palette file, which names colours."
-            )
+        hint = "Check void_labels." if self.classes.annotations is None else "Check the annotations and unlabelled."
+        if unlabelled and self.classes.has_raw_values:
+            hint += " The value 255 always means no label."
+            is_binary = len(self.classes.names) == 2
+            other = f"name it by 255 in id2label: {{'0': {self.classes.names[0]!r}, '255': {self.classes.names[1]!r}}}"
+            hint += f" If 255 is a class, {other if is_binary else 'give a palette file, which names colours'}."
         raise InputError(f"the {self.name} images have {found}, but {but}. {hint}")
 
 
@@ -254,6 +258,23 @@ def check_stream(
     if number == LOOKED_AT:
         count.name = f"first {LOOKED_AT} {name}"
     count.check()
+
+
+def is_black_and_white(class_pixels: np.ndarray) -> bool:
+    """Tell whether masks of two classes, 0 and 1, hold 0 and 255 only, by the numbers of their pixels."""
+    first, second, unlabelled = class_pixels.tolist()
+    return first > 0 and second == 0 and unlabelled > 0
+
+
+def shows_black_and_white(streams: Iterable[Iterable[dict[str, Any]]], classes: Classes) -> bool:
+    """Tell whether the first masks of streams hold 0 and 255 only, as far as they can be read."""
+    pixels = np.zeros(3, dtype=np.int64)
+    for row in itertools.chain.from_iterable(itertools.islice(rows, LOOKED_AT) for rows in streams):
+        with suppress(InputError):  # which is raised by `check_stream`, unless it is to be skipped
+            pixels += count_pixels(read_pair(row, classes).labels, classes)
+        if pixels[1]:
+            return False
+    return is_black_and_white(pixels)
 
 
 class Pair(NamedTuple):
@@ -316,21 +337,27 @@ def read_pair(example: dict[str, Any], classes: Classes, channels: int | None = 
     """
     content, image_name = _encoded(example, "image")
     image = decode_picture(content, image_name) if channels is None else decode_any(content, image_name, channels)
+    is_deep = isinstance(image, np.ndarray)
+    upright = image if is_deep else ImageOps.exif_transpose(image)  # deep images are stored upright
+    height, width = size_of(upright)
     mask_content, mask_name = _encoded(example, "labels")
-    mask = decode_picture(mask_content, mask_name)
+    if classes.annotations is None:
+        mask = decode_picture(mask_content, mask_name)
+    else:
+        with _naming(mask_name):
+            mask = classes.annotations.draw(
+                mask_content, Sizes((width, height), (width, height) if is_deep else image.size)
+            )
     with _naming(mask_name):
         labels = classes.encode(mask)
     if channels is None:
         with _naming(image_name):
             refuse_deep(image, image.info["bits"], "by a stream. Train without streaming, or convert them to 8 bits.")
-    is_deep = isinstance(image, np.ndarray)
     if is_deep:
         refuse_other_bands(image, image_name, channels)
-    orientation = orientation_of_mask(mask, mask if is_deep else image)  # deep images are stored upright
+    orientation = orientation_of_mask(mask, mask if is_deep else image)
     if orientation is not None:
         labels = np.asarray(turn(PILImage.fromarray(labels), orientation))
-    upright = image if is_deep else ImageOps.exif_transpose(image)
-    height, width = size_of(upright)
     if labels.shape != (height, width):
         raise InputError(
             f"{mask_name}: the mask has {mask.width}x{mask.height} pixels, but its image {image_name} has "

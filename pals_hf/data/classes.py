@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import InputError
-from ..files import read_bytes, read_json
+from ..files import read_bytes, read_json, read_lines
 from .pictures import is_inverted
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
+    from .annotations import Annotations
+
 IGNORE_INDEX = 255
+UNLABELLED = ("background", "void")  # what pixels outside of all annotations may be
 MAX_CLASSES = 255  # masks are stored with 8 bits, and 255 means no label
 
 _MAX_VALUE = 2**16 - 1
 _TRANSPARENT = 2**24  # the code of transparent pixels, after those of all colours
-_VOID_NAMES = {"void", "ignore", "unlabeled", "unlabelled"}  # in a palette file
+_VOID_NAMES = {"void", "ignore", "unlabeled", "unlabelled", "__ignore__"}  # in a palette file and in annotations
+_BACKGROUND_NAMES = {"background", "_background_"}  # in annotations
 _INDEX_MODES = {"1", "L", "P", "I", "I;16", "I;16B"}  # PIL modes whose values are class indices
 _CATALOG = Path(__file__).with_name("catalog.json")
 
@@ -43,6 +50,8 @@ class Classes:
         by_color: whether `codes` are colours.
         colors: the data set's own colour of each class, for drawing, or None.
         license: licence of the data set, or None if it is unknown.
+        annotations: draws the masks of a data set that has annotations instead of masks, or None.
+        are_numbered: whether the values were given with the names, and do not just follow from their order.
     """
 
     names: tuple[str, ...]
@@ -50,6 +59,8 @@ class Classes:
     by_color: bool = False
     colors: tuple[Color, ...] | None = None
     license: str | None = None
+    annotations: Annotations | None = None
+    are_numbered: bool = True
 
     @classmethod
     def known(cls, name: str, void_labels: Iterable[int] = ()) -> Classes:
@@ -69,48 +80,106 @@ class Classes:
         """Read the classes from `{raw value: name}`.
 
         A JSON file with this mapping, a JSON list of names, and a JSON list of records with `id` and `name`, as COCO
-        has them, work as well. Values may have gaps: class indices follow the order of the values. Values in
-        `void_labels` are left out, because a network would have an output for them that is never right.
+        has them, work as well. So do a CSV file `value, name`, as Roboflow writes it, and a text file of one name in
+        each line. Values may have gaps: class indices follow the order of the values. Values in `void_labels` are left
+        out, because a network would have an output for them that is never right.
+
+        A range of values, like `{"0": "background", "1-65535": "cell"}`, is for masks that number the objects of a
+        class. The value 255 always means no label, unless it is in a range, or 0 and 255 are the only two classes, or
+        there are two names without values, see [`of_black_and_white`].
 
         Raises:
             InputError: `names` is not a mapping or file of this kind, has a name that is not text, equal names or
-                values, fewer than 2 or more than 255 classes, or a value that no class can have. The value 255 always
-                means no label.
+                values, fewer than 2 or more than 255 classes, or a value that no class can have.
         """
         source = "id2label" if isinstance(names, Mapping) else str(names)
-        names = names if isinstance(names, Mapping) else _read_json(Path(names))
-        void_labels, by_value = tuple(void_labels), {}
-        for value, name in _pairs_of(names, source):
-            if by_value.setdefault(value, name) != name:
-                raise InputError(f"{source} names the value {value} twice: {by_value[value]!r} and {name!r}")
-        by_value = {value: by_value[value] for value in sorted(by_value) if value not in void_labels}
-        _check_names(by_value.values(), source)
-        for value in by_value:
-            if not 0 <= value <= _MAX_VALUE:
-                raise InputError(f"{source}: {value} is not a possible mask value (0..{_MAX_VALUE})")
-        if IGNORE_INDEX in by_value:
-            name = by_value[IGNORE_INDEX]
+        names = names if isinstance(names, Mapping) else _read_names(Path(names))
+        void_labels, by_values = tuple(void_labels), {}
+        for values, name in _pairs_of(names, source):
+            if by_values.setdefault(values, name) != name:
+                raise InputError(f"{source} names the value {values[0]} twice: {by_values[values]!r} and {name!r}")
+        in_order = sorted(by_values, key=lambda values: values[0])
+        by_values = {values: by_values[values] for values in in_order if values[0] not in void_labels}
+        _check_names(by_values.values(), source)
+        for values in by_values:
+            if not 0 <= values[0] <= values[-1] <= _MAX_VALUE:
+                raise InputError(f"{source}: {values[-1]} is not a possible mask value (0..{_MAX_VALUE})")
+        for one, two in pairwise(by_values):
+            if one[-1] >= two[0]:
+                raise InputError(f"{source} names the value {two[0]} twice: {by_values[one]!r} and {by_values[two]!r}")
+        indices = {value: index for index, values in enumerate(by_values) for value in values}
+        codes = {value: index for value, index in indices.items() if value not in void_labels}
+        name = by_values.get(range(IGNORE_INDEX, IGNORE_INDEX + 1))
+        if name is not None and list(codes) != [0, IGNORE_INDEX]:
             raise InputError(
                 f"{source}: {name!r} has the value 255, which always means no label. Leave {name!r} out, or if it is "
                 f"a class, give a palette file, which names colours, like {{{name!r}: [255, 255, 255]}}."
             )
-        values = {value: index for index, value in enumerate(by_value)}
-        return cls(tuple(by_value.values()), _with_void(values, void_labels))
+        codes = {**_with_void({}, void_labels), **codes}
+        is_list = isinstance(names, list) and not _are_records(names)
+        return cls(tuple(by_values.values()), codes, are_numbered=not is_list)
+
+    @classmethod
+    def from_annotations(
+        cls, labels: Sequence[str], unlabelled: str, source: str | Path, annotations: Annotations
+    ) -> Classes:
+        """Return the classes of annotations. In the masks that are drawn, the first label has the value 1.
+
+        Labels named `void`, `ignore`, `unlabeled` or `__ignore__` mean no label.
+
+        Args:
+            labels: names of the classes in their order.
+            unlabelled: what the pixels outside of all regions are, one of [`UNLABELLED`]. "background" is the class of
+                the label `background` or `_background_`, or else a further class before all others.
+            source: the file that names the labels, for messages.
+            annotations: draws the masks.
+
+        Raises:
+            InputError: a label is not text, two are equal, or there are fewer than 2 or more than 255 classes.
+        """
+        labels = [_as_name(label, source) for label in labels]
+        names = [label for label in labels if label.lower() not in _VOID_NAMES]
+        outside = next((name for name in names if name.lower() in _BACKGROUND_NAMES), None)
+        if unlabelled == "background" and outside is None:
+            outside = "background"
+            names = [outside, *names]
+        _check_names(names, source)
+        codes = {
+            value: names.index(label) if label in names else IGNORE_INDEX
+            for value, label in enumerate(labels, start=1)
+        }
+        codes[0] = names.index(outside) if unlabelled == "background" else IGNORE_INDEX
+        return cls(tuple(names), codes, annotations=annotations)
+
+    def of_black_and_white(self) -> Classes | None:
+        """Return the classes of masks that hold 0 and 255 instead of 0 and 1, or None if these are other classes.
+
+        Two names in a list may stand for 0 and 255 as well as for 0 and 1. If the values were given, they stand.
+        """
+        is_binary = self.codes == {0: 0, 1: 1, IGNORE_INDEX: IGNORE_INDEX} and not self.by_color
+        return replace(self, codes={0: 0, IGNORE_INDEX: 1}) if is_binary and not self.are_numbered else None
+
+    @property
+    def has_raw_values(self) -> bool:
+        """Whether the masks hold values, of which one may be void without being named so."""
+        return not self.by_color and self.annotations is None
 
     @classmethod
     def from_palette(cls, path: str | Path) -> Classes:
         """Read the classes from a palette file, for masks that hold colours.
 
         The file is JSON, `{"sky": [128, 128, 128], "road": "#804080"}`, or has text lines, `128 128 128 sky` or
-        `sky:128,128,128::` as CVAT writes them. Classes are numbered in the order of the file. Colours named `void`,
-        `ignore` or `unlabeled` mean no label. In JSON the colour "transparent" names the pixels without opacity.
+        `sky:128,128,128::` as CVAT writes them, or is a CSV file of `name,r,g,b`. Classes are numbered in the order of
+        the file. Colours named `void`, `ignore` or `unlabeled` mean no label. In JSON the colour "transparent" names
+        the pixels without opacity.
 
         Raises:
             InputError: the file cannot be read, or has an invalid colour, a colour of two classes, a class of two
                 colours, fewer than 2 or more than 255 classes.
         """
         path = Path(path)
-        entries = _read_json(path) if path.suffix.lower() == ".json" else _read_color_lines(path)
+        readers = {".json": _read_json, ".csv": _read_color_table}
+        entries = readers.get(path.suffix.lower(), _read_color_lines)(path)
         if isinstance(entries, Mapping):
             entries = list(entries.items())
         elif path.suffix.lower() == ".json":
@@ -244,22 +313,26 @@ class Palettes:
                 )
 
 
-def _pairs_of(names: object, source: str) -> Iterator[tuple[int, str]]:
+def _pairs_of(names: object, source: str) -> Iterator[tuple[range, str]]:
     """Yield the values and names of a mapping, a list of names or a list of records with `id` and `name`."""
     if isinstance(names, list):
-        is_records = all(isinstance(entry, dict) and {"id", "name"} <= entry.keys() for entry in names)
-        names = [(entry["id"], entry["name"]) for entry in names] if is_records else enumerate(names)
+        names = [(entry["id"], entry["name"]) for entry in names] if _are_records(names) else enumerate(names)
     elif isinstance(names, Mapping):
         names = names.items()
     else:
         raise InputError(f"{source} must map class indices to names, like {{'0': 'sky', '1': 'road'}}.")
     for value, name in names:
         is_number = isinstance(value, Integral) and not isinstance(value, bool)
-        if not is_number and not (isinstance(value, str) and re.fullmatch(r"-?[0-9]+", value)):
+        found = re.fullmatch(r"(-?[0-9]+)(?:-([0-9]+))?", str(value)) if is_number or isinstance(value, str) else None
+        if found is None or int(found[2] or found[1]) < int(found[1]):
             raise InputError(
                 f"{source} must map class indices to names, like {{'0': 'sky', '1': 'road'}}, but names {value!r}."
             )
-        yield int(value), _as_name(name, source)
+        yield range(int(found[1]), int(found[2] or found[1]) + 1), _as_name(name, source)
+
+
+def _are_records(names: list[Any]) -> bool:
+    return all(isinstance(entry, dict) and {"id", "name"} <= entry.keys() for entry in names)
 
 
 def _as_name(name: object, source: str | Path) -> str:
@@ -270,7 +343,8 @@ def _as_name(name: object, source: str | Path) -> str:
 
 def _stored_values(mask: Picture) -> np.ndarray:
     """Return the values in the file. PIL scales grey of 2 and 4 bits to 0..255, which is undone here."""
-    if mask.mode not in _INDEX_MODES:
+    is_whole = mask.mode == "F" and bool((np.asarray(mask) % 1 == 0).all())  # as ImageJ numbers many objects
+    if mask.mode not in _INDEX_MODES and not is_whole:
         hint = "Save whole numbers." if mask.mode == "F" else "If it holds colours, give a palette file."
         raise InputError(f"a mask must hold one class index per pixel, but this mask has mode {mask.mode}. {hint}")
     values, bits = np.asarray(mask).astype(np.int32), mask.info.get("bits")
@@ -314,6 +388,20 @@ def _check_names(names: Iterable[str], source: str | Path) -> None:
         raise InputError(f"{source} names {twice!r} twice. Class names must be unique.")
 
 
+def _read_names(path: Path) -> object:
+    """Read the names of classes from JSON, from a CSV file `value, name`, or from a text file of names."""
+    if path.suffix.lower() == ".csv":
+        rows = _read_table(path, 2)
+        twice = next((row for row, count in Counter(value for value, _ in rows).items() if count > 1), None)
+        if twice is not None:
+            raise InputError(f"{path} names the value {twice} twice")
+        return dict(rows)
+    if path.suffix.lower() == ".txt":
+        lines = read_lines(path)
+        return lines[1:] if lines[:1] == ["__ignore__"] else lines  # which labelme writes as 255
+    return _read_json(path)
+
+
 def _read_json(path: Path) -> object:
     try:
         return read_json(path)
@@ -321,6 +409,24 @@ def _read_json(path: Path) -> object:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
         raise InputError(f"{path} is missing. It must name the classes, like {{'0': 'sky', '1': 'road'}}.") from error
+
+
+def _read_table(path: Path, columns: int) -> list[list[str]]:
+    """Read the rows of a CSV file below its header."""
+    rows = [[cell.strip() for cell in row] for row in csv.reader(read_lines(path))]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != columns:
+            raise InputError(f"{path}, row {number}: expected {columns} columns, got {row}")
+    return rows[1:]
+
+
+def _read_color_table(path: Path) -> list[tuple[str, Color]]:
+    """Read rows `name,r,g,b`, as Kaggle's `class_dict.csv` has them."""
+    rows = _read_table(path, 4)
+    wrong = next((row for row in rows if not all(cell.isdecimal() for cell in row[1:])), None)
+    if wrong is not None:
+        raise InputError(f"{path}: expected a name and red, green, blue, got {wrong}")
+    return [(name, tuple(map(int, color))) for name, *color in rows]
 
 
 def _read_color_lines(path: Path) -> list[tuple[str, Color]]:

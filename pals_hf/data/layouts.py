@@ -8,11 +8,11 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, NamedTuple
 
 from ..errors import InputError
-from ..files import read_bytes, walk
+from ..files import read_lines, walk
 
 _IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm")
 _IMAGE_SUFFIXES += (".tif", ".tiff", ".webp")
@@ -27,15 +27,19 @@ SPLITS = {
 }
 _IMAGE_FOLDERS = ("images", "imgs", "image", "img")
 _MASK_FOLDERS = ("masks", "labels", "annotations", "mask")
-_MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_gt", "_L")  # after the image's name
+_MASK_ENDINGS = ("", "_mask", "_masks", "_label", "_labels", "_gt", "_L", "_cp_masks")  # after the image's name
 
 
 class Record(NamedTuple):
-    """One image of a data set; `labels` is None in a test split."""
+    """One image of a data set.
+
+    `labels` is a file, or the `bytes` of what a file on many images says of this one with a `path` that names both, or
+    None in a test split.
+    """
 
     id: str
     image: Path
-    labels: Path | None
+    labels: Path | dict[str, bytes | str | None] | None
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,13 @@ def read_cityscapes(root: Path) -> Layout:
         if not folder.is_dir():
             continue
         records = []
-        for city_and_stem, image in _files_below(folder, ("_leftImg8bit.png",)).items():
+        for city_and_stem, image in _named_files(folder, ("_leftImg8bit.png",)).items():
             stem = city_and_stem.removesuffix("_leftImg8bit")
             mask = root / "gtFine" / name / f"{stem}_gtFine_labelIds.png"
             records.append(Record(stem, image, None if split == "test" else _existing(mask, image)))
         splits[split] = records
         if split != "test":
-            masks = _files_below(root / "gtFine" / name, ("_gtFine_labelIds.png",))
+            masks = _named_files(root / "gtFine" / name, ("_gtFine_labelIds.png",))
             notes += _without_image(root / "gtFine" / name, len(masks) - len(records))
     splits = _with_train(splits, root / "leftImg8bit" / "train")
     return Layout("Cityscapes", root, splits, "cityscapes", tuple(notes))
@@ -109,20 +113,25 @@ def read_cityscapes(root: Path) -> Layout:
 def read_voc2012(root: Path) -> Layout:
     """Read `JPEGImages/ID.jpg`, `SegmentationClass/ID.png`, `ImageSets/Segmentation/{train,val,test}.txt`.
 
-    If the SBD-augmented `trainaug.txt` and `SegmentationClassAug` exist, they are the training split.
+    If the SBD-augmented `trainaug.txt` and `SegmentationClassAug` exist, they are the training split. CVAT calls the
+    list of a task without subsets `default.txt`. labelme writes no lists, and may keep its PNGs in
+    `SegmentationClassPNG`.
     """
     lists, name = root / "ImageSets" / "Segmentation", "Pascal VOC2012"
     masks, augmented = root / "SegmentationClass", root / "SegmentationClassAug"
-    chosen = {"train": lists / "train.txt", "validation": lists / "val.txt", "test": lists / "test.txt"}
+    if (root / "SegmentationClassPNG").is_dir():
+        masks = root / "SegmentationClassPNG"
+    if not lists.is_dir():
+        return Layout(name, root, {"train": _pair(root / "JPEGImages", masks)}, "voc2012")
+    chosen = _lists_of_splits(lists)
     if (lists / "trainaug.txt").is_file() and augmented.is_dir():
         chosen["train"], name = lists / "trainaug.txt", f"{name} (trainaug)"
-    splits = {}
+    splits, images = {}, _named_files(root / "JPEGImages")
     for split, path in chosen.items():
-        if not path.is_file():
-            continue
         records = []
         for identifier in _read_ids(path):
-            image = _existing(_below(root / "JPEGImages", f"{identifier}.jpg", path), path)
+            image = images.get(unicodedata.normalize("NFC", identifier))
+            image = image or _existing(_below(root / "JPEGImages", f"{identifier}.jpg", path), path)
             mask = _below(masks, f"{identifier}.png", path)
             if split == "train" and chosen["train"].name == "trainaug.txt":
                 with_sbd = _below(augmented, f"{identifier}.png", path)
@@ -130,8 +139,20 @@ def read_voc2012(root: Path) -> Layout:
             records.append(Record(identifier, image, None if split == "test" else _existing(mask, image)))
         splits[split] = records
     listed = {record.id for records in splits.values() for record in records}
-    notes = _without_image(masks, sum(name not in listed for name in _files_below(masks)), "that are in no list")
+    notes = _without_image(masks, sum(name not in listed for name in _named_files(masks)), "that are in no list")
     return Layout(name, root, _with_train(splits, lists / "train.txt"), "voc2012", tuple(notes))
+
+
+def _lists_of_splits(folder: Path) -> dict[str, Path]:
+    """Return the list of each split. CVAT keeps the names of subsets as they were typed."""
+    by_name = {path.stem.lower(): path for path in sorted(folder.glob("*.txt"))}
+    chosen = {}
+    for split, names in SPLITS.items():
+        found = _only(f"names of the {split} split", [by_name[name] for name in names if name in by_name])
+        found = by_name.get("default") if found is None and split == "train" else found
+        if found is not None:
+            chosen[split] = found
+    return chosen
 
 
 def read_ade20k(root: Path) -> Layout:
@@ -175,26 +196,78 @@ _KNOWN: list[tuple[Callable[[Path], Layout], tuple[str, ...], tuple[str, ...], s
 def read_folder(root: Path) -> Layout:
     """Read images and masks of matching names.
 
-    The folders are `SPLIT/images` and `SPLIT/masks`, or `images/SPLIT` and `masks/SPLIT`, or `images` and `masks`
-    without splits. Other common names (`labels`, `annotations`, `imgs`, `valid`, `testing`, ...) work, too. Folders
-    may be nested. A mask has the path and name of its image, optionally followed by `_mask`, `_label`, `_labels`,
-    `_gt` or `_L`, and any suffix. Masks of a `test` split are not read.
+    The folders are `SPLIT/images` and `SPLIT/masks`, or `images/SPLIT` and `masks/SPLIT`, or `SPLIT` and
+    `SPLIT_masks`, or `images` and `masks` without splits, or one folder for both. Other common names (`labels`,
+    `annotations`, `imgs`, `valid`, `testing`, ...) work, too. Folders may be nested. A mask has the path and name of
+    its image, optionally followed by `_mask`, `_masks`, `_label`, `_labels`, `_gt`, `_L` or `_cp_masks`, and any
+    suffix. In one folder for both, the ending is required. Masks of a `test` split are not read.
     """
+    splits = _find_splits(root)
+    if "train" not in splits:
+        there = next(images_below(root), None)
+        has = "has no images" if there is None else f"has images, like {there}, but not in a layout that is known"
+        raise InputError(f"{root} {has}. {_advice(root)}")
+    return Layout(root.resolve().name, root, splits, notes=unused(root, splits))
+
+
+def _find_splits(root: Path) -> dict[str, list[Record]]:
     splits = {}
     for split, names in SPLITS.items():
         found = _find_pair(root, split, names)
         if found is not None:
             splits[split] = _pair(found[0], None if split == "test" else found[1])
-    if "train" not in splits and (flat := _find_pair(root, "train", ("",))) is not None:
-        splits["train"] = _pair(*flat)
+        elif (place := _find_mixed(root, split, names)) is not None:
+            splits[split] = _pair_mixed(place, split == "test")
     if "train" not in splits:
-        there = next(_images_below(root), None)
-        has = "has no images" if there is None else f"has images, like {there}, but not in a layout that is known"
-        raise InputError(
-            f"{root} {has}. It must contain train/images and train/masks, images/train and masks/train, or images and "
-            "masks."
-        )
-    return Layout(root.resolve().name, root, splits, notes=_unused(root, splits))
+        flat, place = _find_pair(root, "train", ("",)), _find_mixed(root, "train", ("",))
+        if flat is not None:
+            splits["train"] = _pair(*flat)
+        elif place is not None:
+            splits["train"] = _pair_mixed(place, False)
+    return splits
+
+
+def _advice(root: Path) -> str:
+    if (root / "SegmentationClass").is_dir():
+        return f"{root / 'JPEGImages'} is missing. Export the data set with its images, or copy them there."
+    return "It must contain train/images and train/masks, images/train and masks/train, or images and masks."
+
+
+def masks_in(root: Path) -> Path | None:
+    """Return a mask in a folder that has a layout of images and masks, or None if it has no such layout."""
+    for _, places, signature, _ in _KNOWN:
+        for place in places:
+            if all((root / place / part).is_dir() for part in signature):
+                return root / place / signature[1]
+    for split, names in (*SPLITS.items(), ("train", ("",))):
+        found = _find_pair(root, split, names)
+        there = found and found[1].is_dir() and next(images_below(found[1]), None)
+        there = there or _find_mixed(root, split, names)
+        if there:
+            return there
+    return None
+
+
+def _find_mixed(root: Path, split: str, names: tuple[str, ...]) -> Path | None:
+    """Return the folder that holds both the images and the masks of a split."""
+    places = [root / name for name in names if (root / name).is_dir()]
+    return _only(f"images of the {split} split", [place for place in places if _masks_among(_all_names(place))])
+
+
+def _all_names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).with_suffix("").as_posix() for path in images_below(folder)}
+
+
+def _masks_among(names: Iterable[str]) -> set[str]:
+    """Return the names that are those of other images followed by the ending of a mask."""
+    names = set(names)
+    return {name + ending for name in names for ending in _MASK_ENDINGS[1:] if name + ending in names}
+
+
+def _pair_mixed(folder: Path, is_test: bool) -> list[Record]:
+    pictures = _named_files(folder)
+    masks = {name: pictures.pop(name) for name in sorted(_masks_among(pictures))}
+    return _without_masks(pictures) if is_test else _match(pictures, masks, folder, folder)
 
 
 def _find_pair(root: Path, split: str, names: tuple[str, ...]) -> tuple[Path, Path] | None:
@@ -208,12 +281,15 @@ def _find_pair(root: Path, split: str, names: tuple[str, ...]) -> tuple[Path, Pa
         for images in _IMAGE_FOLDERS:
             found[root / name / images] = [root / name / masks for masks in _MASK_FOLDERS]
             found.setdefault(root / images / name, [root / masks / name for masks in _MASK_FOLDERS])
+        beside = [root / f"{name}_{masks}" for masks in _MASK_FOLDERS]
+        if name and any(folder.is_dir() for folder in beside):
+            found[root / name] = beside
     images = _only(f"images of the {split} split", [folder for folder in found if folder.is_dir()])
     if images is None:
         return None
     masks = [folder for folder in found[images] if folder.is_dir()]
     if len(masks) > 1:
-        masks = [folder for folder in masks if any(_images_below(folder))] or masks[:1]
+        masks = [folder for folder in masks if any(images_below(folder))] or masks[:1]
     return images, _only(f"masks of {images}", masks) or found[images][0]
 
 
@@ -223,23 +299,32 @@ def _only(what: str, folders: list[Path]) -> Path | None:
     return folders[0] if folders else None
 
 
-def _unused(root: Path, splits: dict[str, list[Record]]) -> tuple[str, ...]:
+def unused(root: Path, splits: dict[str, list[Record]]) -> tuple[str, ...]:
     """Say which folders below `root` have images that no split uses."""
-    used = {path for records in splits.values() for record in records for path in (record.image, record.labels)}
-    counts = Counter(path.parent for path in _images_below(root) if path not in used)
+    files = (path for records in splits.values() for record in records for path in (record.image, record.labels))
+    used = {path for path in files if isinstance(path, Path)}
+    counts = Counter(path.parent for path in images_below(root) if path not in used)
     return tuple(f"{folder} has {number} images that are not used" for folder, number in sorted(counts.items()))
 
 
 def _pair(images: Path, masks: Path | None) -> list[Record]:
     """Match the images and masks of two folders. Every image must have a mask, and every mask an image."""
-    pictures = _files_below(images)
+    pictures = _named_files(images)
     if not pictures:
         raise InputError(f"{images} has no images")
     if masks is None:
-        return [Record(name, path, None) for name, path in pictures.items()]
+        return _without_masks(pictures)
     if not masks.is_dir():
         raise InputError(f"{masks} is not a folder. It must contain the masks of {images}.")
-    candidates = _files_below(masks)
+    return _match(pictures, _named_files(masks), images, masks)
+
+
+def _without_masks(pictures: dict[str, Path]) -> list[Record]:
+    return [Record(name, path, None) for name, path in pictures.items()]
+
+
+def _match(pictures: dict[str, Path], candidates: dict[str, Path], images: Path, masks: Path) -> list[Record]:
+    """Match images and masks by their names. `candidates` is emptied."""
     records = []
     for name, image in pictures.items():
         mask = next((candidates.pop(name + ending) for ending in _MASK_ENDINGS if name + ending in candidates), None)
@@ -259,7 +344,7 @@ def _pair(images: Path, masks: Path | None) -> list[Record]:
     return records
 
 
-def _files_below(folder: Path, endings: tuple[str, ...] = _IMAGE_SUFFIXES) -> dict[str, Path]:
+def _named_files(folder: Path, endings: tuple[str, ...] = _IMAGE_SUFFIXES) -> dict[str, Path]:
     """List the images in a folder and its subfolders by their path without suffix, sorted.
 
     Names are composed (NFC), because macOS decomposes the letters of file names.
@@ -268,7 +353,7 @@ def _files_below(folder: Path, endings: tuple[str, ...] = _IMAGE_SUFFIXES) -> di
         InputError: two images have the same name, or a picture has a format that is not read.
     """
     found: dict[str, Path] = {}
-    for path in _walk(folder):
+    for path in files_below(folder):
         if path.name.lower().endswith(_OTHER_SUFFIXES):
             raise InputError(
                 f"{path}: pictures of this format are not read. Save it in one of the formats "
@@ -283,11 +368,11 @@ def _files_below(folder: Path, endings: tuple[str, ...] = _IMAGE_SUFFIXES) -> di
     return dict(sorted(found.items()))
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
-    return (path for path in _walk(folder) if path.name.lower().endswith(_IMAGE_SUFFIXES))
+def images_below(folder: Path) -> Iterator[Path]:
+    return (path for path in files_below(folder) if path.name.lower().endswith(_IMAGE_SUFFIXES))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path) -> Iterator[Path]:
     """Yield the files in a folder and its subfolders, without hidden ones.
 
     Raises:
@@ -310,10 +395,7 @@ def _unreadable(error: OSError) -> None:
 
 
 def _read_ids(path: Path) -> list[str]:
-    try:
-        return [line.split()[0] for line in read_bytes(path).decode("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+    return [re.sub(r"\s+-?[01]$", "", line) for line in read_lines(path)]  # VOC's lists of one class have a flag
 
 
 def _below(folder: Path, name: str, source: Path) -> Path:
@@ -341,11 +423,21 @@ def _with_train(splits: dict[str, list[Record]], place: Path) -> dict[str, list[
     return {name: records for name, records in splits.items() if records}
 
 
-def to_columns(records: Iterable[Record]) -> dict[str, list[str | None]]:
-    """Return records as the columns `id`, `image` and `labels`, the latter two with paths."""
+def split_of(path: PurePath) -> str | None:
+    """Return the split that the first word of its name in a relative path means, like `train2017`, or None."""
+    for part in path.parts:
+        for word in re.findall(r"[a-z]+", part.lower()):
+            for split, names in SPLITS.items():
+                if word in names:
+                    return split
+    return None
+
+
+def to_columns(records: Iterable[Record]) -> dict[str, list[Any]]:
+    """Return records as the columns `id`, `image` and `labels`, with a path or the bytes of labels in a file."""
     ids, images, labels = zip(*records, strict=True)
     return {
         "id": list(ids),
         "image": [str(path) for path in images],
-        "labels": [None if path is None else str(path) for path in labels],
+        "labels": [str(label) if isinstance(label, Path) else label for label in labels],
     }

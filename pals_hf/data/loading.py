@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset, IterableDataset
 
 from ..errors import InputError
-from .checking import Depths, check_labels, check_split, check_stream, raise_first_problem, refuse_empty
+from .checking import (
+    Depths,
+    check_labels,
+    check_split,
+    check_stream,
+    is_black_and_white,
+    raise_first_problem,
+    refuse_empty,
+    shows_black_and_white,
+)
 from .classes import Classes, Color, Palettes
 from .columns import to_stream
 from .pictures import MAX_CHANNELS, RGB, Depth
 from .scaling import DeepImage, Scaling
-from .sources import find_source
+from .sources import Source, find_source
 from .splitting import cut_fold, cut_validation, drop_leaks
 
 
@@ -65,6 +75,7 @@ def load_segmentation_dataset(
     id2label: str | Path | dict[int, str] | None = None,
     palette: str | Path | None = None,
     void_labels: Iterable[int] = (),
+    unlabelled: str | None = None,
     channels: int = RGB,
     validation_share: float = 0.2,
     validation_seed: int = 0,
@@ -79,15 +90,19 @@ def load_segmentation_dataset(
 
     Args:
         dataset_name: a data set on the Hub, a folder written by `save_to_disk`, a Parquet file, or a folder of them.
-        dataset_dir: a folder with Cityscapes, Pascal VOC2012, ADE20K or CamVid as downloaded, or with images, masks of
-            matching names and `id2label.json`, see [`layouts.read_folder`].
+        dataset_dir: a folder with Cityscapes, Pascal VOC2012, ADE20K or CamVid as downloaded, with images, masks of
+            matching names and `id2label.json`, see [`layouts.read_folder`], or with annotations of COCO, Label Studio,
+            labelme, Supervisely or YOLO, see [`annotations.read_annotations`].
         dataset_config: configuration name of a Hub data set.
         image_column, label_column: column names of a Hub, saved or Parquet data set. Default: common column names.
         id2label: class names, `{0: "sky", ...}` or a JSON file. Default: `id2label.json` of the folder or the Hub
             repository, or the classes of the known data set.
         palette: file of class names and colours, for masks that hold colours, see [`Classes.from_palette`]. Default:
             `palette.json` of the folder, if it exists.
-        void_labels: raw mask values that mean "no label". They are mapped to 255. The value 255 always means this.
+        void_labels: raw mask values that mean "no label". They are mapped to 255. The value 255 means this as well,
+            unless all masks hold 0 and 255 only and `id2label` lists two names without values: then 255 is read as 1.
+        unlabelled: what pixels outside of all annotations are: "background", a class, or "void", no label. Default:
+            "background". Only for annotations, like polygons.
         channels: number of channels of the network. With 3, images have one or three bands, and transparency is
             dropped. With another number, images have that many bands.
         validation_share: share of the training images to hold out if the data set has no validation split.
@@ -108,26 +123,18 @@ def load_segmentation_dataset(
     if not 1 <= channels <= MAX_CHANNELS:
         raise InputError(f"channels must be between 1 and {MAX_CHANNELS}, got {channels}")
     names = (id2label, palette, tuple(void_labels))
-    source = find_source(dataset_name, dataset_dir, dataset_config, (image_column, label_column), names)
-    splits, problems, palettes, depths = {}, {}, Palettes(), Depths()
-    for split in ("train", "validation"):
-        if split in source.splits:
-            splits[split], found = check_split(
-                source.splits[split],
-                source.classes,
-                palettes,
-                depths,
-                channels=channels,
-                fingerprint=source.fingerprints.get(split),
-                num_proc=num_proc,
-            )
-            problems |= {f"{split}/{id}": problem for id, problem in found.items()}
-            if skip_bad_samples:
-                refuse_empty(splits[split], split, found)
-    if not skip_bad_samples:
-        raise_first_problem(problems)
+    columns = (image_column, label_column)
+    source = find_source(dataset_name, dataset_dir, dataset_config, columns, names, unlabelled)
+    checking = {"channels": channels, "num_proc": num_proc}
+    splits, problems, depth = _check_splits(source, skip_bad_samples, **checking)
+    other = None if names[2] else source.classes.of_black_and_white()
+    if other is not None and is_black_and_white(
+        np.sum([row for split in splits.values() for row in split["class_pixels"]], axis=0)
+    ):
+        source = replace(source, classes=other, notes=(*source.notes, _black_and_white(other)))
+        splits, problems, depth = _check_splits(source, skip_bad_samples, **checking)
     test = source.splits.get("test")
-    if depths.depth is not None:
+    if depth is not None:
         feature = DeepImage(channels=channels)
         splits = {name: split.cast_column("image", feature) for name, split in splits.items()}
         test = None if test is None else test.cast_column("image", feature)
@@ -154,7 +161,39 @@ def load_segmentation_dataset(
         skipped=problems | leaked,
         notes=source.notes,
         channels=channels,
-        depth=depths.depth,
+        depth=depth,
+    )
+
+
+def _check_splits(
+    source: Source, skip_bad_samples: bool, channels: int, num_proc: int | None
+) -> tuple[dict[str, Dataset], dict[str, str], Depth | None]:
+    """Check the training and the validation split. Return their valid samples, the problems of the others, and the
+    depth of the images."""
+    splits, problems, palettes, depths = {}, {}, Palettes(), Depths()
+    for split in ("train", "validation"):
+        if split in source.splits:
+            splits[split], found = check_split(
+                source.splits[split],
+                source.classes,
+                palettes,
+                depths,
+                channels=channels,
+                fingerprint=source.fingerprints.get(split),
+                num_proc=num_proc,
+            )
+            problems |= {f"{split}/{id}": problem for id, problem in found.items()}
+            if skip_bad_samples:
+                refuse_empty(splits[split], split, found)
+    if not skip_bad_samples:
+        raise_first_problem(problems)
+    return splits, problems, depths.depth
+
+
+def _black_and_white(classes: Classes) -> str:
+    return (
+        f"the masks hold the values 0 and 255 only, so 255 is read as the class {classes.names[1]!r}. Set void_labels "
+        "to 255 if it means no label."
     )
 
 
@@ -202,6 +241,7 @@ def stream_segmentation_dataset(
     id2label: str | Path | dict[int, str] | None = None,
     palette: str | Path | None = None,
     void_labels: Iterable[int] = (),
+    unlabelled: str | None = None,
     skip_bad_samples: bool = False,
 ) -> SegmentationStream:
     """Open a data set that does not fit on the disk, or that is too large to check before training.
@@ -219,13 +259,16 @@ def stream_segmentation_dataset(
     """
     names = (id2label, palette, tuple(void_labels))
     columns = (image_column, label_column)
-    source = find_source(dataset_name, dataset_dir, dataset_config, columns, names, streaming=True)
+    source = find_source(dataset_name, dataset_dir, dataset_config, columns, names, unlabelled, streaming=True)
     if "validation" not in source.splits:
         raise InputError(
             f"{source.name} has no validation split, and a stream cannot be split. Add a validation split, or load "
             "the data set without streaming."
         )
     streams = {split: to_stream(source.splits[split]) for split in ("train", "validation")}
+    other = None if names[2] else source.classes.of_black_and_white()
+    if other is not None and shows_black_and_white(streams.values(), source.classes):
+        source = replace(source, classes=other, notes=(*source.notes, _black_and_white(other)))
     check_stream(streams["train"], source.classes, "training", True, skip_bad_samples)
     check_stream(streams["validation"], source.classes, "validation", False, skip_bad_samples)
     return SegmentationStream(

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
 
 from ..errors import InputError
+from ..files import read_bytes
 from . import synthetic
+from .annotations import Annotated, find_annotations, read_annotations
 from .checking import fingerprint_of_files
-from .classes import Classes
+from .classes import UNLABELLED, Classes
 from .columns import FEATURES, find_columns, fingerprint_of_split, open_splits, rename_columns
 from .hub_facts import license_on_hub, names_on_hub, revision_on_hub
-from .layouts import read_layout, to_columns
+from .label_images import find_label_images
+from .layouts import Record, masks_in, read_layout, to_columns, unused
 
-_PALETTES = ("palette.json", "labelmap.txt")
-_READ = ("id2label.json", *_PALETTES)
-# Files in which a folder names its classes: those that are read, then those of other programs.
-_NAMES_OF_CLASSES = (*_READ, "class_names.txt", "classes.txt", "labels.txt", "obj.names", "_classes.csv")
-_NAMES_OF_CLASSES += ("class_dict.csv", "data.yaml")
+# Files in which a folder names its classes: our own and CVAT's, those of exports, and those that are not read.
+_OWN = ("id2label.json", "palette.json", "labelmap.txt")
+_EXPORTED = ("_classes.csv", "class_dict.csv", "class_names.txt")
+_NOT_READ = ("classes.txt", "labels.txt", "obj.names", "data.yaml")
+_PALETTES = ("palette.json", "labelmap.txt", "class_dict.csv")
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,16 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def find_source(dataset_name, dataset_dir, dataset_config, columns, names, streaming: bool = False) -> Source:
+def find_source(
+    dataset_name, dataset_dir, dataset_config, columns, names, unlabelled: str | None = None, streaming: bool = False
+) -> Source:
     """Find the data set that the arguments of [`load_segmentation_dataset`] name.
 
     Args:
         dataset_name, dataset_dir, dataset_config: as in [`load_segmentation_dataset`].
         columns: `(image_column, label_column)`.
         names: `(id2label, palette, void_labels)`.
+        unlabelled: as in [`load_segmentation_dataset`].
         streaming: open a Hub or Parquet data set as a stream.
 
     Raises:
@@ -59,6 +66,16 @@ def find_source(dataset_name, dataset_dir, dataset_config, columns, names, strea
     """
     if dataset_name is not None and dataset_dir is not None:
         raise InputError("dataset_name and dataset_dir exclude each other. Give only one of them.")
+    if unlabelled is not None and unlabelled not in UNLABELLED:
+        raise InputError(f"unlabelled must be one of {', '.join(UNLABELLED)}, got {unlabelled!r}")
+    found = None if dataset_dir is None else find_annotations(Path(dataset_dir))
+    if found is not None:
+        return _read_annotated(Path(dataset_dir), *found, names, unlabelled or "background")
+    if unlabelled is not None:
+        raise InputError(
+            "unlabelled is for annotations, like polygons, but this data set has masks. Remove unlabelled, and name "
+            "the values of unlabelled pixels by void_labels."
+        )
     if dataset_dir is not None:
         return _read_folder(Path(dataset_dir), *names)
     if dataset_name is not None:
@@ -76,27 +93,83 @@ def _generate() -> dict[str, Dataset]:
     }
 
 
+def _read_annotated(root: Path, format: str, files, names, unlabelled: str) -> Source:
+    """Read a folder whose labels are annotations, not masks.
+
+    Raises:
+        InputError: there are masks, too, or the class names are given once more.
+    """
+    first = next(path for paths in files.values() for path in paths)
+    mask = masks_in(root)
+    if mask is not None:
+        raise InputError(
+            f"{root} has masks, like {mask}, and annotations of {format}, like {first}, and both may be the labels. "
+            "Remove one of them, or move it out of the folder."
+        )
+    given = [name for name, value in zip(("id2label", "palette", "void_labels"), names, strict=True) if value]
+    given += [str(root / name) for name in ("id2label.json", "palette.json") if (root / name).is_file()]
+    if given:
+        raise InputError(f"{first}: annotations of {format} name their classes themselves. Remove {given[0]}.")
+    found: Annotated = read_annotations(root, format, files)
+    classes = Classes.from_annotations(found.labels, unlabelled, found.source, found.annotations)
+    if unlabelled == "background":
+        name = classes.names[classes.codes[0]]
+        outside = f"belong to the class {name!r}. Set unlabelled to void if they are not labelled."
+    else:
+        outside = "are not labelled"
+    notes = (f"pixels outside of all annotations of {format} {outside}", *found.notes, *unused(root, found.splits))
+    splits, fingerprints = _to_datasets(found.splits, [path for paths in files.values() for path in paths])
+    return Source(root.resolve().name, splits, classes, fingerprints, notes=notes)
+
+
+def _to_datasets(
+    records: dict[str, list[Record]], sources: Iterable[Path] = ()
+) -> tuple[dict[str, Dataset], dict[str, str]]:
+    """Return the splits, and strings that change when their files or the sources of their labels change."""
+    splits, fingerprints = {}, {}
+    for split, found in records.items():
+        columns = to_columns(found)
+        if split == "test":
+            columns["labels"] = [None] * len(found)
+        else:
+            labels = [label for label in columns["labels"] if isinstance(label, str)]
+            fingerprints[split] = fingerprint_of_files([*columns["image"], *labels, *map(str, sources)])
+        splits[split] = Dataset.from_dict(columns, features=FEATURES)
+    return splits, fingerprints
+
+
 def _read_folder(folder: Path, id2label, palette, void_labels: tuple[int, ...]) -> Source:
     layout = read_layout(folder)
-    splits, fingerprints = {}, {}
-    for split, records in layout.splits.items():
-        columns = to_columns(records)
-        splits[split] = Dataset.from_dict(columns, features=FEATURES)
-        if split != "test":
-            fingerprints[split] = fingerprint_of_files([*columns["image"], *columns["labels"]])
+    splits, fingerprints = _to_datasets(layout.splits)
+    notes = layout.notes
     # Other data is often kept in the structure of a known data set, with class names of its own.
-    home = next((place for place in (layout.root, folder) if _names_classes(place)), layout.root)
+    homes = dict.fromkeys((layout.root, folder, *(found[0].image.parent for found in layout.splits.values() if found)))
+    home = next((place for place in homes if _names_classes(place)), layout.root)
     is_own = layout.catalog_name is None or _names_classes(home)
     if is_own or palette is not None or id2label is not None:
+        if id2label is None and palette is None and not _names_classes(home):
+            id2label, label_notes = find_label_images(layout.splits["train"])
+            notes += label_notes
+        elif id2label is None and palette is None:
+            _refuse_other_names([place for place in homes if _names_classes(place)])
         classes = _read_classes(id2label, palette, home, void_labels)
     else:
         classes = Classes.known(layout.catalog_name, void_labels)
     name = folder.resolve().name if is_own else layout.name
-    return Source(name, splits, classes, fingerprints, notes=layout.notes)
+    return Source(name, splits, classes, fingerprints, notes=notes)
 
 
 def _names_classes(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _NAMES_OF_CLASSES)
+    return any((folder / name).is_file() for name in (*_OWN, *_EXPORTED, *_NOT_READ))
+
+
+def _refuse_other_names(homes: list[Path]) -> None:
+    """Refuse lists of classes that differ between the splits. Roboflow writes one for each."""
+    for name in _EXPORTED:
+        found = [home / name for home in homes if (home / name).is_file()]
+        other = next((path for path in found if read_bytes(path) != read_bytes(found[0])), None)
+        if other is not None:
+            raise InputError(f"{found[0]} and {other} name other classes. Export all splits with the same ones.")
 
 
 def _read_columns(
@@ -134,16 +207,19 @@ def _read_classes(id2label, palette, folder: Path, void_labels: tuple[int, ...])
         InputError: the classes are not named, are named twice, or only in a file of another program.
     """
     if palette is None and id2label is None:
-        found = [folder / name for name in _NAMES_OF_CLASSES if (folder / name).is_file()]
-        if len(found) > 1 and found[1].name in _READ:
+        own = [folder / name for name in _OWN if (folder / name).is_file()]
+        exported = [folder / name for name in _EXPORTED if (folder / name).is_file()]
+        found = own or exported
+        if len(found) > 1:
             raise InputError(
                 f"{found[0]} and {found[1]} both name the classes. Keep the one that says how to read the masks."
             )
+        other = next((folder / name for name in _NOT_READ if (folder / name).is_file()), None)
+        if not found and other is not None:
+            raise InputError(f"{other} is not read. Name the classes in {folder / 'id2label.json'} instead.")
         id2label = found[0] if found else folder / "id2label.json"
         if id2label.name in _PALETTES:
             id2label, palette = None, id2label
-        elif id2label.name not in _READ:
-            raise InputError(f"{id2label} is not read. Name the classes in {folder / 'id2label.json'} instead.")
     if palette is None:
         return Classes.from_names(id2label, void_labels)
     if id2label is not None or void_labels:

@@ -213,3 +213,104 @@ def test_palettes_of_a_set_must_agree():
     add("grey.png", [(value,) * 3 for value in range(256)])
     with pytest.raises(InputError, match=r"three\.png shows the value 1 in the colour \(0, 255, 0\), but one\.png in"):
         add("three.png", [black, green, red])
+
+
+class TestRanges:
+    """Masks that number the objects of a class."""
+
+    def test_every_value_of_a_range(self):
+        classes = Classes.from_names({"0": "ground", "1-65535": "cell"})
+        mask = Image.fromarray(np.uint16([[0, 1, 255, 300, 65535]]))
+        assert classes.encode(mask).tolist() == [[0, 1, 1, 1, 1]]
+
+    def test_void_values_in_a_range(self):
+        classes = Classes.from_names({"0": "ground", "1-9": "cell"}, void_labels=[3, 255])
+        assert classes.encode(Image.fromarray(np.uint8([[0, 2, 3, 255]]))).tolist() == [[0, 1, 255, 255]]
+
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            ({"0": "a", "1-5": "b", "5": "c"}, "names the value 5 twice: 'b' and 'c'"),
+            ({"0": "a", "5-1": "b"}, "names '5-1'"),
+            ({"0": "a", "1-70000": "b"}, "70000 is not a possible mask value"),
+            ({"0": "a", "1-": "b"}, "names '1-'"),
+            ({"0": "a", "1-5": "b", "7-9": "b"}, "names 'b' twice"),
+        ],
+    )
+    def test_ranges_that_cannot_be(self, names, message):
+        with pytest.raises(InputError, match=message):
+            Classes.from_names(names)
+
+
+def test_two_classes_of_0_and_255():
+    """255 is named, so it is a class. Beside another class it may be void, see `test_a_class_cannot_be_255`."""
+    classes = Classes.from_names({"0": "ground", "255": "crack"})
+    assert classes.encode(Image.fromarray(np.uint8([[0, 255]]))).tolist() == [[0, 1]]
+    with pytest.raises(InputError, match="2 to 255 classes, but it names 1"):
+        Classes.from_names({"0": "ground", "255": "crack"}, void_labels=[255])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("_classes.csv", "Pixel Value, Class\n0, background\n4, car\n", {0: "background", 4: "car"}),
+        ("class_names.txt", "_background_\ncar\n\n", {0: "_background_", 1: "car"}),
+        ("class_names.txt", "__ignore__\n_background_\ncar\n", {0: "_background_", 1: "car"}),
+        ("_classes.csv", "Pixel Value, Class\n0, a\n0, b\n", "names the value 0 twice"),
+        ("_classes.csv", "Pixel Value, Class\n0, a, c\n1, b\n", "row 2: expected 2 columns"),
+        ("_classes.csv", "Pixel Value, Class\nx, a\n1, b\n", "names 'x'"),
+        ("_classes.csv", "", "2 to 255 classes, but it names 0"),
+        ("class_names.txt", "car\ncar\n", "names 'car' twice"),
+    ],
+)
+def test_names_in_the_files_of_exports(tmp_path, name, content, expected):
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8-sig")
+    if isinstance(expected, dict):
+        assert Classes.from_names(path).codes == Classes.from_names(expected).codes
+        assert Classes.from_names(path).names == tuple(expected.values())
+        return
+    with pytest.raises(InputError, match=f"{name}.*{expected}"):
+        Classes.from_names(path)
+
+
+def test_a_palette_of_kaggle(tmp_path):
+    path = tmp_path / "class_dict.csv"
+    path.write_text("name, r, g, b\nsky, 1, 2, 3\nroad, 4, 5, 6\nVoid, 0, 0, 0\n")
+    classes = Classes.from_palette(path)
+    assert (classes.names, classes.colors) == (("sky", "road"), ((1, 2, 3), (4, 5, 6)))
+    assert classes.encode(Image.fromarray(np.uint8([[[4, 5, 6], [0, 0, 0]]]))).tolist() == [[1, 255]]
+    for row, message in (("sky,1,2", "row 2: expected 4 columns"), ("sky,1,2,x", "expected a name and red")):
+        path.write_text(f"name,r,g,b\n{row}\n")
+        with pytest.raises(InputError, match=rf"class_dict\.csv.*{message}"):
+            Classes.from_palette(path)
+
+
+class TestAnnotations:
+    def of(self, *labels, unlabelled="background"):
+        return Classes.from_annotations(labels, unlabelled, "a.json", None)
+
+    def test_background_is_a_further_class(self):
+        classes = self.of("car", "road")
+        assert (classes.names, classes.codes) == (("background", "car", "road"), {0: 0, 1: 1, 2: 2})
+
+    def test_background_is_named(self):
+        classes = self.of("car", "Background")
+        assert (classes.names, classes.codes) == (("car", "Background"), {0: 1, 1: 0, 2: 1})
+
+    def test_void(self):
+        classes = self.of("car", "ignore", "road", unlabelled="void")
+        assert (classes.names, classes.codes) == (("car", "road"), {0: 255, 1: 0, 2: 255, 3: 1})
+
+    def test_many_classes(self):
+        """The last of 255 labels is drawn as 255, which is a class here."""
+        labels = [f"class {number}" for number in range(255)]
+        classes = self.of(*labels, unlabelled="void")
+        assert (classes.codes[0], classes.codes[255]) == (255, 254)
+        with pytest.raises(InputError, match=r"a\.json must name 2 to 255 classes, but it names 256"):
+            self.of(*labels)
+
+    @pytest.mark.parametrize(("labels", "message"), [((), "it names 1"), (("a", "a "), "'a' twice"), (("",), "text")])
+    def test_labels_that_cannot_be(self, labels, message):
+        with pytest.raises(InputError, match=message):
+            self.of(*labels)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import annotation_sets
 import data_sets
 import numpy as np
 import pytest
@@ -297,6 +298,64 @@ class TestNothingIsLeftOutInSilence:
             self.load(folder)
 
 
+class TestOneFolder:
+    """Images and masks in one folder, told apart by the ending of their names."""
+
+    @pytest.mark.parametrize("ending", ["_mask", "_masks", "_gt", "_label"])
+    def test_endings(self, folder, ending):
+        for kind in ("train", "val"):
+            for path in (folder / kind / "masks").iterdir():
+                path.rename(folder / kind / "images" / f"{path.stem}{ending}.png")
+            (folder / kind / "masks").rmdir()
+            (folder / kind / "images").rename(folder / kind / "pictures")
+        data = load_segmentation_dataset(dataset_dir=folder, void_labels=[11])
+        assert (len(data.train), len(data.validation), data.notes) == (8, 5, ())
+        assert data.train["id"][0] == "pictures/street 0"
+        (folder / "train" / "pictures" / f"street 1{ending}.png").unlink()
+        with pytest.raises(InputError, match=r"street 1\.jpg has no mask"):
+            load_segmentation_dataset(dataset_dir=folder, void_labels=[11])
+
+    def test_names_that_differ_between_the_splits(self, tmp_path):
+        root = annotation_sets.roboflow_masks(tmp_path)
+        (root / "valid" / "_classes.csv").write_text("Pixel Value, Class\n0, background\n1, road\n2, car\n")
+        with pytest.raises(InputError, match=r"train/_classes\.csv and .*valid/_classes\.csv name other classes"):
+            load_segmentation_dataset(dataset_dir=root)
+
+
+class TestCVAT:
+    @pytest.fixture
+    def root(self, tmp_path):
+        return annotation_sets.cvat(tmp_path)
+
+    def test_subsets(self, root):
+        """They are called as they were typed."""
+        lists = root / "ImageSets" / "Segmentation"
+        names = (lists / "default.txt").read_text().splitlines()
+        (lists / "default.txt").unlink()
+        (lists / "Train.txt").write_text("\n".join(names[:4]))
+        (lists / "Validation.txt").write_text("\n".join(names[4:]))
+        source, labels = annotation_sets.read(root)
+        assert {split: len(rows) for split, rows in source.splits.items()} == {"train": 4, "validation": 2}
+        annotation_sets.assert_as_drawn(labels)
+        (lists / "val.txt").write_text("\n".join(names[4:]))
+        with pytest.raises(InputError, match=r"val\.txt and .*Validation\.txt may both hold the names"):
+            load_segmentation_dataset(dataset_dir=root)
+
+    def test_an_export_without_images(self, root):
+        shutil.rmtree(root / "JPEGImages")
+        with pytest.raises(InputError, match=r"JPEGImages is missing\. Export the data set with its images"):
+            load_segmentation_dataset(dataset_dir=root)
+
+
+def test_masks_of_older_labelme(tmp_path):
+    """Arrays in `SegmentationClass`, PNGs in `SegmentationClassPNG`."""
+    root = annotation_sets.labelme_voc(tmp_path)
+    (root / "SegmentationClass").rename(root / "SegmentationClassPNG")
+    (root / "SegmentationClass").mkdir()
+    np.save(root / "SegmentationClass" / "street0.npy", np.zeros((2, 2)))
+    annotation_sets.assert_as_drawn(annotation_sets.read(root)[1])
+
+
 class TestNames:
     def test_masks_as_gif(self, folder):
         """PIL saves grey as a palette of the greys that occur."""
@@ -365,7 +424,7 @@ class TestClassesOfALayout:
         raw = np.array(PILImage.open(home / "SegmentationClass" / "plant7_000032.png"))
         assert np.array_equal(masks_of(data.train)[0] == 4, raw == 15)
 
-    @pytest.mark.parametrize("name", ["class_names.txt", "_classes.csv"])
+    @pytest.mark.parametrize("name", ["classes.txt", "obj.names"])
     def test_names_in_a_file_of_another_program(self, tmp_path, name):
         home = data_sets.voc2012(tmp_path) / "VOCdevkit" / "VOC2012"
         (home / name).write_text("mud\nsand\n")

@@ -9,6 +9,7 @@ from conftest import NUM_LABELS, RAW_VOID, load_folder, rewrite_mask
 from PIL import Image as PILImage
 
 from pals_hf import load_segmentation_dataset
+from pals_hf.data import checking, stream_segmentation_dataset
 from pals_hf.errors import InputError
 
 
@@ -197,3 +198,60 @@ class TestBadFolder:
 
     def test_impossible_void_label(self, folder):
         self.expect(folder, "void_labels", "-1", void_labels=[-1])
+
+
+class TestBlackAndWhite:
+    """Masks of 0 and 255 with two class names, whose values do not say otherwise."""
+
+    @pytest.fixture
+    def root(self, folder):
+        (folder / "id2label.json").write_text('["ground", "crack"]')
+        for path in folder.glob("*/masks/*"):
+            PILImage.fromarray(np.where(np.array(PILImage.open(path)) % RAW_VOID, 255, 0).astype(np.uint8)).save(path)
+        return folder
+
+    def test_are_read_as_0_and_1(self, root):
+        data = load_segmentation_dataset(dataset_dir=root)
+        raw = np.array(PILImage.open(root / "train" / "masks" / "street 0.png"))
+        assert np.array_equal(np.array(data.train[0]["labels"]), raw // 255)
+        assert (data.id2label, len(data.notes)) == ({0: "ground", 1: "crack"}, 1)
+        assert data.notes[0].startswith(
+            "the masks hold the values 0 and 255 only, so 255 is read as the class 'crack'."
+        )
+        stream = stream_segmentation_dataset(dataset_dir=root)
+        assert (stream.notes, stream.classes.codes) == (data.notes, {0: 0, 255: 1})
+
+    def test_names_by_value(self, root):
+        """The values 0 and 1 contradict the masks; 0 and 255 are theirs."""
+        names = root / "id2label.json"
+        for load in (load_segmentation_dataset, stream_segmentation_dataset):
+            names.write_text('{"0": "ground", "1": "crack"}')
+            with pytest.raises(InputError, match=r"by 255 in id2label: \{'0': 'ground', '255': 'crack'\}"):
+                load(dataset_dir=root)
+            names.write_text('{"0": "ground", "255": "crack"}')
+            load(dataset_dir=root)
+        assert set(np.unique(load_segmentation_dataset(dataset_dir=root).train[0]["labels"])) == {0, 1}
+
+    def test_a_void_value_that_is_named(self, root):
+        for load in (load_segmentation_dataset, stream_segmentation_dataset):
+            with pytest.raises(InputError, match="labels of the class 'ground' only"):
+                load(dataset_dir=root, void_labels=[255])
+
+    def test_a_further_value(self, root):
+        """Then 255 is void in all masks."""
+        for split in ("train", "val"):
+            path = sorted((root / split / "masks").iterdir())[0]
+            PILImage.fromarray(np.array(PILImage.open(path)) // 255).save(path)
+        data = load_segmentation_dataset(dataset_dir=root)
+        assert data.notes == stream_segmentation_dataset(dataset_dir=root).notes == ()
+        assert set(np.unique(data.train[0]["labels"])) == {0, 1}
+        assert set(np.unique(data.train[1]["labels"])) == {0, 255}
+
+    def test_a_value_that_a_stream_meets_later(self, root, monkeypatch):
+        """It is refused: the values before it were read as if it did not exist."""
+        monkeypatch.setattr(checking, "LOOKED_AT", 2)
+        path = sorted((root / "train" / "masks").iterdir())[5]
+        PILImage.fromarray(np.ones((32, 48), dtype=np.uint8)).save(path)
+        stream = stream_segmentation_dataset(dataset_dir=root)
+        with pytest.raises(InputError, match=r"street 5\.png: value 1 is not a class \(0, 255\)"):
+            [checking.read_pair(row, stream.classes) for row in stream.train]
