@@ -162,6 +162,7 @@ class PALSConfig(TrainingArguments):
         TRAINING,
         "Rank of LoRA adapters in all linear layers of the backbone, whose own weights are frozen. Saved models have "
         "merged weights and do not need peft. Default: no adapters.",
+        advanced=True,
     )
     freeze_batch_norm: bool = option(
         False, TRAINING, "Keep the running statistics of batch norm layers, for very small batches.", advanced=True

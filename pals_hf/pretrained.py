@@ -140,23 +140,18 @@ def load_backbone(name_or_path: str, config: PreTrainedConfig, backbone_config: 
         InputError: the weights cannot be loaded, or some of the backbone's are missing.
     """
     with loading(_failure("the model", name_or_path)):
-        if getattr(config, "backbone_config", None) is None and config.model_type not in (
-            "timm_backbone",
-            "timm_wrapper",
-        ):
-            # The class itself, because AutoBackbone asks the Hub for a folder, too.
+        if config.model_type.startswith("timm") or hasattr(config, "backbone_config"):
+            backbone = AutoBackbone.from_config(backbone_config, trust_remote_code=False, dtype=torch.float32)
+            weights = _weights_of_backbone(name_or_path, config, backbone_config)
+            missing = backbone.load_state_dict(weights, strict=False).missing_keys
+        else:  # the class itself, because AutoBackbone asks the Hub for a folder, too
             backbone, info = MODEL_FOR_BACKBONE_MAPPING[type(backbone_config)].from_pretrained(
                 name_or_path, config=backbone_config, dtype=torch.float32, output_loading_info=True
             )
+            _refuse_other_layers(backbone, info)
             missing = info["missing_keys"]
-        else:
-            backbone = AutoBackbone.from_config(backbone_config, trust_remote_code=False, dtype=torch.float32)
-            missing = backbone.load_state_dict(
-                _weights_of_backbone(name_or_path, config, backbone_config), strict=False
-            ).missing_keys
-        # The norms of single stages belong to the head in papers, and are new.
-        vectors = {name for name, parameter in backbone.named_parameters() if parameter.ndim == 1}
-        if other := sorted(set(missing) - vectors):
+        # The norms of single stages are new.
+        if other := sorted(name for name in missing if "norm" not in name):
             raise ValueError(f"it has no weights for {other[0]} and {len(other) - 1} other parameters of the backbone")
     return backbone
 
@@ -165,7 +160,7 @@ def _weights_of_backbone(
     name_or_path: str, config: PreTrainedConfig, backbone_config: PreTrainedConfig
 ) -> dict[str, Tensor]:
     """Read the weights of a backbone from a segmentation network around it, or from a model of timm."""
-    if getattr(config, "backbone_config", None) is not None:
+    if hasattr(config, "backbone_config"):
         network, info = load_network(name_or_path, config, dtype=torch.float32)
         weights = network.backbone.state_dict().items()
         return {name: tensor for name, tensor in weights if f"backbone.{name}" not in info["missing_keys"]}
@@ -230,15 +225,11 @@ def _weights_of_features(weights: dict[str, Tensor], config: TimmBackboneConfig)
     """Let timm convert the weights of a whole model to those of the backbone, where layers have other names."""
     import timm
 
+    # transformers saves the models of timm in a wrapper.
+    given = {name.removeprefix("timm_model."): tensor for name, tensor in weights.items()}
+    options = {"features_only": True, "out_indices": config.out_indices}
     model = timm.create_model(
-        config.backbone,
-        pretrained=True,
-        # transformers saves the models of timm in a wrapper
-        pretrained_cfg_overlay={
-            "state_dict": {name.removeprefix("timm_model."): tensor for name, tensor in weights.items()}
-        },
-        features_only=True,
-        out_indices=config.out_indices,
+        config.backbone, pretrained=True, pretrained_cfg_overlay={"state_dict": given}, **options
     )
     return {f"_backbone.{name}": tensor for name, tensor in model.state_dict().items()}
 

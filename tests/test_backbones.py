@@ -1,6 +1,8 @@
 """Networks around bare backbones of every family: built, trained, saved, piped."""
 
 import json
+import os
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,7 @@ import transformers
 from architectures import BACKBONES, TIMM_BACKBONES, bare_backbone, dpt
 from conftest import NUM_LABELS, tiny_segformer, tiny_upernet
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForSemanticSegmentation, pipeline
 
@@ -126,6 +129,14 @@ class TestEveryFamily:
         assert not {name for name in moved if name.startswith("backbone.")}
 
 
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.path}'",)
+
+
 def test_normalisation_is_that_of_the_backbone(tmp_path):
     bare_backbone("dinov2", tmp_path)
     assert list(build_image_processor(str(tmp_path)).image_mean) == [0.1, 0.2, 0.3]
@@ -201,7 +212,13 @@ class TestBuilding:
         bare_backbone("dinov2", tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 6}))
-        with pytest.raises(InputError, match=r"it has no weights for .*layer\.4.* other parameters of the backbone"):
+        with pytest.raises(InputError, match=r"its config has more layers than its weights, see .*layer\.4"):
+            build_model(str(tmp_path), NAMES)
+
+    def test_refuses_weights_of_something_else(self, tmp_path):
+        bare_backbone("dinov2", tmp_path)
+        save_file({"classifier.weight": torch.zeros(2, 3)}, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InputError, match=r"it has no weights for embeddings.* other parameters of the backbone"):
             build_model(str(tmp_path), NAMES)
 
     @pytest.mark.parametrize(
@@ -249,6 +266,15 @@ class TestBuilding:
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(InputError, match=message):
             build_model(str(tmp_path), NAMES)
+
+    def test_never_runs_the_code_of_a_pickle(self, tmp_path):
+        """Weights of timm are read by this package itself."""
+        bare_backbone("timm resnet", tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+        (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(tmp_path / "EXECUTED"), protocol=2))
+        with pytest.raises(InputError, match="damaged, or contains code, which pals_hf never runs"):
+            build_model(str(tmp_path), NAMES)
+        assert not (tmp_path / "EXECUTED").exists()
 
 
 class TestRates:

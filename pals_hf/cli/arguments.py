@@ -105,14 +105,13 @@ class TrainArguments(DataArguments):
     model_name_or_path: str | None = option(
         None,
         MODEL,
-        "Checkpoint of a segmentation network or of a bare backbone to start from: a Hub name or folder. Default: a "
-        "small SegFormer.",
+        "Checkpoint or bare backbone to start from: a Hub name or folder. Default: a small SegFormer.",
     )
     head: str | None = option(
         None,
         MODEL,
-        "Build a new head on the backbone of `--model_name_or_path`: `upernet`, `linear` (batch norm and 1x1 "
-        "convolution) or `dpt`. Default: the head of the checkpoint, and `upernet` for a bare backbone.",
+        "Build a new head: `upernet`, `linear`, `dpt`. Only the backbone of `--model_name_or_path` is used. A bare "
+        "backbone gets `upernet` by itself. A linear head is batch norm and a 1x1 convolution.",
         choices=HEADS,
         in_card=True,
     )
@@ -126,7 +125,7 @@ class TrainArguments(DataArguments):
     from_scratch: bool = option(
         False,
         MODEL,
-        "Use the architecture of `--model_name_or_path` with random weights.",
+        "Draw all weights of the network at random. Only its architecture is that of `--model_name_or_path`.",
         in_card=True,
     )
     output_stride: int | None = option(
