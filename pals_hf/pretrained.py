@@ -181,7 +181,7 @@ def timm_backbone_config(name_or_path: str, config: PreTrainedConfig) -> TimmBac
             timm_feature_info(config.backbone)
             return config
         timm_feature_info(config.architecture)
-        usual = {"in_chans": 3, "img_size": list(_timm_data(config.architecture)["input_size"][1:])}
+        usual = {"in_chans": 3, "img_size": list(timm_image_size(config.architecture))}
     for name, value in (config.model_args or {}).items():
         if name not in ("num_classes", "global_pool") and usual.get(name) != value:
             raise InputError(
@@ -206,6 +206,11 @@ def timm_normalisation(architecture: str) -> tuple[tuple[float, ...], tuple[floa
     """Return the mean and the standard deviation of the images that a model of timm was trained on."""
     data = _timm_data(architecture)
     return data["mean"], data["std"]
+
+
+def timm_image_size(architecture: str) -> tuple[int, int]:
+    """Return (height, width) of the images that a model of timm was trained on."""
+    return tuple(_timm_data(architecture)["input_size"][1:])
 
 
 def _timm_data(architecture: str) -> dict[str, Any]:

@@ -277,6 +277,15 @@ class TestBuilding:
         assert not (tmp_path / "EXECUTED").exists()
 
 
+def test_the_rehearsal_names_the_size_of_a_transformer_of_timm(tmp_path):
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = build_model(str(tmp_path), NAMES, from_scratch=True)
+    trainer = trainer_of(model, build_image_processor(None), tmp_path, (64, 96))
+    with pytest.raises(InputError, match="of 224x224 pixels, and may take no others: try --image_size 224 224"):
+        trainer.dry_run()
+
+
 class TestRates:
     def test_published(self, tmp_path):
         bare_backbone("dinov2", tmp_path)
