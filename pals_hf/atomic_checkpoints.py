@@ -26,6 +26,7 @@ from .checkpoints import (
     refuse_damaged,
 )
 from .errors import InputError, TrainingError, first_line
+from .merging import has_parts_to_merge, load_training_weights, save_training_weights
 
 logger = logging.get_logger(__name__)
 
@@ -66,6 +67,8 @@ class AtomicCheckpointTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             self._record_best(written, checkpoint)
+            if self.args.should_save:
+                save_training_weights(self.model, written)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish(written, checkpoint)
@@ -221,6 +224,9 @@ class AtomicCheckpointTrainer(Trainer):
         """
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if has_parts_to_merge(self.model):
+            with loading_checkpoint(resume_from_checkpoint):
+                return load_training_weights(self.model, Path(resume_from_checkpoint))
         with loading_checkpoint(resume_from_checkpoint):
             restored, info = type(self.model).from_pretrained(
                 resume_from_checkpoint, config=self.model.config, dtype=self.model.dtype, output_loading_info=True

@@ -26,6 +26,8 @@ _SEED = (0, 2**32 - 1)
 _ANY = (-(2**31), LARGEST)
 _LIMITS = {
     "head_lr_multiplier": (_TINY, math.inf),
+    "layer_lr_decay": (_TINY, 1.0),
+    "lora_rank": (1, LARGEST),
     "adam_epsilon": (_TINY, math.inf),
     "adam_beta1": (0, math.nextafter(1, 0)),
     "adam_beta2": (0, math.nextafter(1, 0)),
@@ -154,6 +156,20 @@ class PALSConfig(TrainingArguments):
     head_lr_multiplier: float = option(5.0, TRAINING, "The head learns at this multiple of `--learning_rate`.")
     freeze_backbone: bool = option(
         False, TRAINING, "Train the head only. The weights and statistics of the backbone do not change."
+    )
+    layer_lr_decay: float = option(
+        1.0,
+        TRAINING,
+        "Each layer of the backbone learns at this multiple of the rate of the next layer, as BEiT does with 0.9. "
+        "Default: 1, the same rate for all layers.",
+        advanced=True,
+    )
+    lora_rank: int | None = option(
+        None,
+        TRAINING,
+        "Rank of LoRA adapters in all linear layers of the backbone, whose own weights are frozen. Saved models have "
+        "merged weights and do not need peft. Default: no adapters.",
+        advanced=True,
     )
     freeze_batch_norm: bool = option(
         False, TRAINING, "Keep the running statistics of batch norm layers, for very small batches.", advanced=True
@@ -309,6 +325,9 @@ class PALSConfig(TrainingArguments):
 
     def _refuse_contradictions(self) -> None:
         """Refuse pairs of options of which one makes the other void."""
+        if self.freeze_backbone and (self.lora_rank is not None or self.layer_lr_decay != 1.0):
+            other = "layer_lr_decay" if self.lora_rank is None else "lora_rank"
+            raise InputError(f"{other} has no effect with freeze_backbone, which trains the head only: leave one out")
         if self.save_strategy == "steps" and not self.save_steps > 0:
             raise InputError(f"save_steps must be positive, got {self.save_steps}")
         for name, is_set in (

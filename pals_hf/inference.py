@@ -22,6 +22,7 @@ from .files import read_bytes
 from .functional import entropy, upsample, upsample_argmax
 from .functional.fused import tiles
 from .pretrained import channels_of_network, load_config, load_network, load_processor
+from .sizes import refuse_size
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
@@ -175,6 +176,7 @@ def predict(
     batches = [torch.cat(inputs)] if len({pixels.shape for pixels in inputs}) == 1 else inputs
     predictions: list[Prediction] = []
     for batch in batches:
+        refuse_size(model.config, part_size(batch, window), "an image or window")
         pixel_values = batch.to(model.device, model.dtype)
         for logits in image_logits(model, pixel_values, window, overlap, flip).split(1):
             size = size_of(images[len(predictions)])
@@ -197,6 +199,12 @@ def entropy_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
     for tile in tiles(z, result):  # tile.labels is a view of the result
         tile.labels.copy_(entropy(tile.up(z).softmax(dim=1)))
     return result
+
+
+def part_size(pixel_values: Tensor, window: Sequence[int] | None) -> list[int]:
+    """Return (height, width) of what a network sees at once: a window, or the whole image if there is none."""
+    size = pixel_values.shape[2:]
+    return [min(sides) for sides in zip(size, size if window is None else window, strict=True)]
 
 
 @torch.no_grad()
@@ -253,8 +261,7 @@ def window_logits(model: nn.Module, pixel_values: Tensor, window: Sequence[int],
         >>> window_logits(model, pixel_values, (768, 768)).shape  # lefts 0, 427, 853, 1280  # doctest: +SKIP
         torch.Size([1, 19, 1024, 2048])
     """
-    size = pixel_values.shape[2:]
-    window = [min(wanted, available) for wanted, available in zip(window, size, strict=True)]
+    size, window = pixel_values.shape[2:], part_size(pixel_values, window)
     tops, lefts = (_starts(whole, part, overlap) for whole, part in zip(size, window, strict=True))
     total = covered = stride = None
     for top in tops:

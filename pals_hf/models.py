@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
+from .backbones import HEADS, build_around_backbone, is_backbone
 from .data.pictures import RGB
 from .data.scaling import ATTRIBUTE, Scaling, channels_of
 from .data.transforms import process
@@ -24,6 +25,7 @@ from .pretrained import (
     load_network,
     load_processor,
     new_network,
+    timm_normalisation,
     with_channels,
 )
 from .tap import ClassifierTap, refuse_unsuitable
@@ -40,25 +42,34 @@ def build_model(
     output_stride: int | None = None,
     from_scratch: bool = False,
     channels: int = RGB,
+    head: str | None = None,
+    head_channels: int | None = None,
 ) -> PreTrainedModel:
     """Build a segmentation network for the given classes, in float32 and without auxiliary heads.
 
     Args:
         name_or_path: a checkpoint on the Hub or in a folder. A head of the same classes is kept, and its outputs are
-            put into the order of `id2label` by their names. Any other head is replaced by a new one. Default: a small
-            SegFormer (0.7 M parameters) with random weights.
+            put into the order of `id2label` by their names. Any other head is replaced by a new one. A bare backbone
+            of transformers or timm gets a new head. Default: a small SegFormer (0.7 M parameters) with random weights.
         id2label: class index to name.
         output_stride: 8, 16 or 32, for MobileNetV2 and MobileViT. DeepLab uses 8 and 16.
         from_scratch: draw all weights at random, and read only `config.json` of `name_or_path`.
         channels: number of channels of the images. The first layer of a checkpoint for RGB is adapted, see
             [`adapt_kernel`].
+        head: "upernet", "linear" or "dpt": use only the backbone of the checkpoint, and build a new head on it, see
+            [`build_around_backbone`]. Default: the checkpoint's own kind of head, and "upernet" for a bare backbone.
+        head_channels: width of the new head. Default: a width that suits the backbone.
 
     Raises:
-        InputError: the checkpoint cannot be loaded or is no model for PALS, or its output stride or its number of
-            channels cannot be chosen.
+        InputError: the checkpoint cannot be loaded or is no model for PALS, its output stride or its number of
+            channels cannot be chosen, or the head does not fit the backbone.
     """
     label2id = {name: index for index, name in id2label.items()}
+    if head not in (None, *HEADS):
+        raise InputError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
     if name_or_path is None:
+        if head is not None or head_channels is not None:
+            raise InputError("head and head_channels need a backbone: name it by model_name_or_path")
         if output_stride is not None:
             raise InputError(f"output_stride {output_stride} cannot be chosen for the default network, a SegFormer")
         config = SegformerConfig(
@@ -71,6 +82,18 @@ def build_model(
         )
         return SegformerForSemanticSegmentation(config)
     config = load_config(name_or_path)
+    if head is not None or is_backbone(config):
+        if output_stride is not None:
+            raise InputError(f"output_stride {output_stride} cannot be chosen for {name_or_path} with a new head")
+        model = build_around_backbone(name_or_path, config, head or "upernet", id2label, head_channels, from_scratch)
+        if channels != RGB:
+            if head == "linear":
+                raise InputError(f"head linear is for {RGB} channels, but channels is {channels}. Use head upernet")
+            model = _adapt_to_channels(name_or_path, model, channels)
+        _start_new_classifier(model, {f"{classifier_of(model)[0]}.weight"})
+        return model
+    if head_channels is not None:
+        raise InputError(f"head_channels needs a new head, but {name_or_path} has one. Choose a head, or leave it out")
     names = config.id2label
     config.id2label, config.label2id = id2label, label2id
     if from_scratch:  # not where the weights are from
@@ -208,7 +231,8 @@ def build_image_processor(
 
     Args:
         name_or_path: the model's checkpoint, whose normalisation is kept. Default, and for checkpoints that have no
-            image processor: that of SegFormer, with the mean and deviation of ImageNet.
+            image processor: that of SegFormer, with the mean and deviation of ImageNet. It also stands in for image
+            processors that cannot serve `pipeline("image-segmentation")`, with their normalisation.
         image_size: (height, width) that images are resized to. Default: images keep their size. Resizing, cropping
             and padding by the checkpoint's own processor are switched off.
         scaling: how the model reads deep pictures, which the image processor keeps, see [`data.scale_pictures`]. For
@@ -224,6 +248,9 @@ def build_image_processor(
         except InputError as error:
             if not (isinstance(error.__cause__, OSError) and _has_no_processor(name_or_path)):
                 raise InputError(f"{error}{_remedy(name_or_path)}") from error
+            processor = _processor_of_timm(name_or_path) or processor
+    if not hasattr(processor, "post_process_semantic_segmentation"):
+        processor = _with_normalisation_of(processor)
     processor.do_resize = image_size is not None
     if image_size is not None:
         processor.size = type(processor)(size={"height": image_size[0], "width": image_size[1]}).size
@@ -252,6 +279,25 @@ def _normalise_channels(processor: BaseImageProcessor, channels: int) -> None:
         for option in ("do_convert_rgb", "do_flip_channel_order"):  # of RGB only
             if getattr(processor, option, None):
                 setattr(processor, option, False)
+
+
+def _with_normalisation_of(other: BaseImageProcessor) -> SegformerImageProcessor:
+    """Return an image processor for segmentation with the normalisation of one for another task, or of timm's."""
+    timm = getattr(other, "data_config", None)
+    if timm is not None:
+        return SegformerImageProcessor(image_mean=timm["mean"], image_std=timm["std"])
+    names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "resample")
+    return SegformerImageProcessor(**{name: getattr(other, name) for name in names if hasattr(other, name)})
+
+
+def _processor_of_timm(name_or_path: str) -> SegformerImageProcessor | None:
+    """Return an image processor with the normalisation that timm knows for a backbone of its own, if it is one."""
+    config = load_config(name_or_path)
+    config = getattr(config, "backbone_config", None) or config
+    if config.model_type != "timm_backbone":
+        return None
+    mean, std = timm_normalisation(config.backbone)
+    return SegformerImageProcessor(image_mean=mean, image_std=std)
 
 
 def _has_no_processor(name_or_path: str) -> bool:

@@ -11,13 +11,25 @@ import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedConfig
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    PreTrainedConfig,
+    TimmBackboneConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
+from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file, is_timm_available
 
 from .data.pictures import RGB
 from .data.scaling import ATTRIBUTE, channels_of
@@ -119,6 +131,117 @@ def new_network(name_or_path: str, config: PreTrainedConfig) -> PreTrainedModel:
     with loading(_failure("the model", name_or_path)):
         _refuse_too_large(config)
         return AutoModelForSemanticSegmentation.from_config(config, trust_remote_code=False, dtype=torch.float32)
+
+
+def load_backbone(name_or_path: str, config: PreTrainedConfig, backbone_config: PreTrainedConfig) -> nn.Module:
+    """Load a backbone with its weights, in float32.
+
+    Args:
+        name_or_path: a folder, or a name on the Hub, with a backbone or a network around it.
+        config: the result of [`load_config`].
+        backbone_config: the config of the backbone, with the stages that it returns.
+
+    Raises:
+        InputError: the weights cannot be loaded, or some of the backbone's are missing.
+    """
+    with loading(_failure("the model", name_or_path)):
+        if config.model_type.startswith("timm") or hasattr(config, "backbone_config"):
+            backbone = AutoBackbone.from_config(backbone_config, trust_remote_code=False, dtype=torch.float32)
+            weights = _weights_of_backbone(name_or_path, config, backbone_config)
+            missing = backbone.load_state_dict(weights, strict=False).missing_keys
+        else:  # the class itself, because AutoBackbone asks the Hub for a folder, too
+            backbone, info = MODEL_FOR_BACKBONE_MAPPING[type(backbone_config)].from_pretrained(
+                name_or_path, config=backbone_config, dtype=torch.float32, output_loading_info=True
+            )
+            _refuse_other_layers(backbone, info)
+            missing = info["missing_keys"]
+        # The norms of single stages are new.
+        if other := sorted(name for name in missing if "norm" not in name):
+            raise ValueError(f"it has no weights for {other[0]} and {len(other) - 1} other parameters of the backbone")
+    return backbone
+
+
+def _weights_of_backbone(
+    name_or_path: str, config: PreTrainedConfig, backbone_config: PreTrainedConfig
+) -> dict[str, Tensor]:
+    """Read the weights of a backbone from a segmentation network around it, or from a model of timm."""
+    if hasattr(config, "backbone_config"):
+        network, info = load_network(name_or_path, config, dtype=torch.float32)
+        weights = network.backbone.state_dict().items()
+        return {name: tensor for name, tensor in weights if f"backbone.{name}" not in info["missing_keys"]}
+    weights = _read_weights(name_or_path)
+    return weights if config.model_type == "timm_backbone" else _weights_of_features(weights, backbone_config)
+
+
+def timm_backbone_config(name_or_path: str, config: PreTrainedConfig) -> TimmBackboneConfig:
+    """Return the config of a backbone of timm, for the config of a model of timm or of such a backbone.
+
+    Raises:
+        InputError: timm is not installed or does not know the architecture, or the model has arguments of its own.
+    """
+    if not is_timm_available():
+        raise InputError(f"{name_or_path} is a model of timm. Install timm: pip install 'pals_hf[timm]'")
+    with loading(_failure("the model", name_or_path)):
+        if config.model_type == "timm_backbone":
+            timm_feature_info(config.backbone)
+            return config
+        timm_feature_info(config.architecture)
+        usual = {"in_chans": 3, "img_size": list(timm_image_size(config.architecture))}
+    for name, value in (config.model_args or {}).items():
+        if name not in ("num_classes", "global_pool") and usual.get(name) != value:
+            raise InputError(
+                f"{name_or_path} has the model_args {name}={value} in its config.json, which a backbone of timm in "
+                "transformers cannot have. Use another model."
+            )
+    return TimmBackboneConfig(backbone=config.architecture, use_pretrained_backbone=False)
+
+
+@cache
+def timm_feature_info(architecture: str) -> list[dict[str, Any]]:
+    """Return the stages of a model of timm: `num_chs` channels, and `reduction`, the stride."""
+    import timm
+
+    if not timm.is_model(architecture):  # timm would load other names from the Hub or a folder
+        raise ValueError(f"timm has no architecture {architecture!r}")
+    with torch.device("meta"):
+        return timm.create_model(architecture, features_only=True).feature_info.info
+
+
+def timm_normalisation(architecture: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and the standard deviation of the images that a model of timm was trained on."""
+    data = _timm_data(architecture)
+    return data["mean"], data["std"]
+
+
+def timm_image_size(architecture: str) -> tuple[int, int]:
+    """Return (height, width) of the images that a model of timm was trained on."""
+    return tuple(_timm_data(architecture)["input_size"][1:])
+
+
+def _timm_data(architecture: str) -> dict[str, Any]:
+    import timm
+
+    return timm.data.resolve_data_config(timm.get_pretrained_cfg(architecture).to_dict())
+
+
+def _read_weights(name_or_path: str) -> dict[str, Tensor]:
+    path = cached_file(name_or_path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+    if path is not None:
+        return load_file(path)
+    return torch.load(cached_file(name_or_path, WEIGHTS_NAME), map_location="cpu", weights_only=True)
+
+
+def _weights_of_features(weights: dict[str, Tensor], config: TimmBackboneConfig) -> dict[str, Tensor]:
+    """Let timm convert the weights of a whole model to those of the backbone, where layers have other names."""
+    import timm
+
+    # transformers saves the models of timm in a wrapper.
+    given = {name.removeprefix("timm_model."): tensor for name, tensor in weights.items()}
+    options = {"features_only": True, "out_indices": config.out_indices}
+    model = timm.create_model(
+        config.backbone, pretrained=True, pretrained_cfg_overlay={"state_dict": given}, **options
+    )
+    return {f"_backbone.{name}": tensor for name, tensor in model.state_dict().items()}
 
 
 def load_processor(name_or_path: str, what: str = "the image processor of") -> BaseImageProcessor:

@@ -17,6 +17,7 @@ from transformers import EvalPrediction, Trainer
 
 from .data import ID
 from .errors import InputError, first_line, is_out_of_memory
+from .pretrained import timm_image_size
 
 
 def rehearse(trainer: Trainer) -> None:
@@ -154,11 +155,18 @@ def _remedy(error: Exception, model: nn.Module) -> str:
             "Batch norm needs a second image there: use another --per_device_train_batch_size, --dataloader_drop_last "
             "True to skip incomplete batches, or --freeze_batch_norm True"
         )
+    backbone = getattr(model.config, "backbone_config", None)
+    if getattr(backbone, "model_type", "") == "timm_backbone":
+        height, width = timm_image_size(backbone.backbone)
+        return (
+            f"The backbone was trained on images of {height}x{width} pixels, and may take no others: try --image_size "
+            f"{height} {width}, and the same --crop_size"
+        )
     for name, advice in (
         ("image_size", "The network is made for images of {0}x{1} pixels: try --image_size {0} {1}"),
         ("patch_size", "The network has patches of {0}x{1} pixels: try an --image_size of multiples of them"),
     ):
-        for config in (getattr(model.config, "backbone_config", None), model.config):
+        for config in (backbone, model.config):
             size = getattr(config, name, None)
             if isinstance(size, int | list | tuple):
                 height, width = (size, size) if isinstance(size, int) else size

@@ -20,6 +20,7 @@ from transformers.hyperparameter_search import default_hp_search_backend
 from transformers.trainer_utils import BestRun, HPSearchBackend, has_length
 from transformers.utils import logging
 
+from .backbones import layer_scales
 from .calibration import boundary_counts, boundary_metrics, calibration_metrics, calibration_sums
 from .checkpoints import last_complete_checkpoint
 from .config import PALSConfig
@@ -27,8 +28,9 @@ from .data import ID, StreamedDataset, collate
 from .data.balance import class_weights
 from .errors import InputError, TrainingError, first_line, is_out_of_memory
 from .functional import PADDING_INDEX, is_labelled, soft_label_cross_entropy, upsample_argmax
-from .inference import image_logits
+from .inference import image_logits, part_size
 from .losses import CrossEntropyLoss, FocalLoss, LabelSmoothingLoss, MarginLoss, PALSLoss, SegmentationLoss
+from .merging import add_adapters, has_parts_to_merge, merged
 from .metrics import SegmentationMetrics, confusion_matrix, nan_to_none
 from .model_card import CardFacts
 from .models import backbone_of
@@ -37,6 +39,7 @@ from .nonfinite import has_finite_weights, images_of, keep_step, likely_cause
 from .preemption import PreemptibleTrainer
 from .publishing import PublishingTrainer
 from .rehearsal import rehearse
+from .sizes import refuse_size
 from .tap import ClassifierTap, read_network
 from .temperature import Scorer, fold_temperature
 
@@ -100,7 +103,8 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
     - every log line contains the parts of the loss and the mean entropy of q in nats;
     - evaluation scores every image at the size of its own mask, and gathers only one count matrix per image.
       `eval_loss` is the cross-entropy over labelled pixels, whatever the training loss;
-    - the head has its own learning rate, and backbone or batch norm can be frozen;
+    - the head has its own learning rate, layers of the backbone can have theirs, and backbone or batch norm can be
+      frozen, or the backbone can learn by LoRA adapters ([`add_adapters`]);
     - an auxiliary head learns by cross-entropy with the weight of its config, where the model was built with one;
     - checkpoints are written atomically ([`AtomicCheckpointTrainer`]), with model cards and pushes to the Hub
       ([`PublishingTrainer`]), and SIGTERM ends the training with a checkpoint ([`PreemptibleTrainer`]);
@@ -167,6 +171,8 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
         )
         if model is None:
             self._adopt(self.model, args)
+        if has_parts_to_merge(self.model) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise InputError("lora_rank and a linear head do not work with FSDP and DeepSpeed. Use DDP")
         if self.is_fsdp_enabled:
             # Accelerate calls this method, which raises an error in networks without word embeddings.
             self.model.get_input_embeddings = lambda: None
@@ -315,6 +321,8 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
         self._tap = ClassifierTap(model, before_dropout=args.affinity["source"] == "before_dropout")
         if args.freeze_backbone:
             backbone_of(model).requires_grad_(False)
+        if args.lora_rank is not None:
+            add_adapters(model, backbone_of(model), args.lora_rank)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
 
@@ -368,6 +376,7 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
         self._check_labels(batch["labels"])
 
     def _check_size(self, batch: dict[str, Any]) -> None:
+        refuse_size(self.model.config, batch["pixel_values"][0].shape[-2:], "a crop")
         if any(isinstance(batch[name], list) for name in batch.keys() - {ID}):
             raise InputError("the images of a training batch differ in size. Crop them to one size in the transform")
 
@@ -423,7 +432,7 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
 
     def _freeze_statistics(self) -> None:
         """Put frozen batch norm layers back into evaluation mode after `model.train()`."""
-        if self.args.freeze_batch_norm or self.args.freeze_backbone:
+        if self.args.freeze_batch_norm or self.args.freeze_backbone or self.args.lora_rank is not None:
             root = self.model if self.args.freeze_batch_norm else backbone_of(self.model)
             for module in root.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -435,19 +444,21 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in vectors]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the parent's optimizer, with groups of their own learning rate for the parameters of the head."""
+        """Create the parent's optimizer, with groups for the learning rates of the head and of the layers."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if is_new and self.args.head_lr_multiplier != 1.0:
-            backbone = {
-                id(parameter) for parameter in backbone_of(self.model if model is None else model).parameters()
-            }
-            groups = []
+        if is_new and (self.args.head_lr_multiplier != 1.0 or self.args.layer_lr_decay != 1.0):
+            backbone = backbone_of(self.model if model is None else model)
+            scales, groups = layer_scales(backbone, self.args.layer_lr_decay), []
+            head = self.args.head_lr_multiplier
             for group in optimizer.param_groups:
-                for in_backbone, scale in ((True, 1.0), (False, self.args.head_lr_multiplier)):
-                    chosen = [p for p in group["params"] if (id(p) in backbone) is in_backbone]
-                    if chosen:
-                        groups.append({**group, "params": chosen, "lr": group["lr"] * scale})
+                by_scale: dict[tuple[bool, float], list[nn.Parameter]] = {}
+                for parameter in group["params"]:
+                    is_head = id(parameter) not in scales
+                    by_scale.setdefault((is_head, scales.get(id(parameter), head)), []).append(parameter)
+                # The first group, whose rate is logged, is the last layer of the backbone.
+                for (_, scale), chosen in sorted(by_scale.items(), key=lambda item: (item[0][0], -item[0][1])):
+                    groups.append({**group, "params": chosen, "lr": group["lr"] * scale})
             optimizer.param_groups = groups
         return optimizer
 
@@ -509,7 +520,8 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
         # they are scored, too.
         for buffer in self.model.buffers():
             broadcast(buffer)
-        return super().evaluation_loop(*args, **kwargs)
+        with merged(self.model):
+            return super().evaluation_loop(*args, **kwargs)
 
     def reset_metrics(self) -> None:
         """Forget the images that were scored."""
@@ -595,6 +607,7 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
         """Yield logits `(C, h, w)` image by image. Images of different sizes go through the network one at a time."""
         batches = [pixel_values] if isinstance(pixel_values, Tensor) else [image[None] for image in pixel_values]
         for batch in batches:
+            refuse_size(self.model.config, part_size(batch, self.args.eval_window), "an image or window")
             yield from image_logits(model, batch, self.args.eval_window, self.args.eval_overlap)
 
     def _stream_metrics(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, Any]:

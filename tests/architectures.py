@@ -1,5 +1,6 @@
 """Tiny random networks of every architecture of `AutoModelForSemanticSegmentation`, auxiliary heads too."""
 
+import pytest
 import transformers
 from conftest import NUM_LABELS, tiny_mobilenet_v2, tiny_segformer, tiny_upernet
 from transformers.models.sapiens2.configuration_sapiens2 import Sapiens2HeadConfig
@@ -75,3 +76,52 @@ BUILDERS = {
     "upernet": tiny_upernet,
     "upernet, auxiliary head": lambda: tiny_upernet(**AUXILIARY, auxiliary_in_channels=16),
 }
+
+# Tiny random backbones of every family that transformers can put a head on, as (name of the config, its settings).
+PLAIN = {**VIT, "image_size": 32, "patch_size": 8, "mlp_ratio": 1}
+WINDOWS = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 2, "image_size": 32}
+STAGES = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+PYRAMID = {**STAGES, "num_attention_heads": [1, 1, 2, 2], "mlp_ratios": [1, 1, 1, 1], "image_size": 32}
+GROUPS = {"stem_channels": [3, 8, 8], "stage_in_channels": [8, 8, 8, 8], "stage_mid_channels": [4, 4, 4, 4]}
+GROUPS |= {"stage_out_channels": [8, 8, 8, 8], "stage_num_blocks": [1, 1, 1, 1], "stage_numb_of_layers": [1, 1, 1, 1]}
+BACKBONES = {
+    "beit": ("Beit", {**PLAIN, "intermediate_size": 16}),
+    "bit": ("Bit", {"embedding_size": 8, "hidden_sizes": [32] * 4, "depths": [1] * 4, "num_groups": 2}),
+    "convnext": ("ConvNext", STAGES),
+    "convnextv2": ("ConvNextV2", STAGES),
+    "dinov2": ("Dinov2", PLAIN),
+    "dinov2_with_registers": ("Dinov2WithRegisters", PLAIN),
+    "dinov3_convnext": ("DINOv3ConvNext", STAGES),
+    "dinov3_vit": ("DINOv3ViT", {**PLAIN, "intermediate_size": 16, "num_register_tokens": 2}),
+    "focalnet": ("FocalNet", {"embed_dim": 8, "depths": [1] * 4, "hidden_sizes": [16, 32, 64, 64], "image_size": 32}),
+    "hgnet_v2": ("HGNetV2", {"embedding_size": 8, "hidden_sizes": [8] * 4, "depths": [1] * 4, **GROUPS}),
+    "maskformer-swin": ("MaskFormerSwin", WINDOWS),
+    "pixio": ("Pixio", PLAIN),
+    "pvt_v2": ("PvtV2", PYRAMID),
+    "resnet": ("ResNet", {"embedding_size": 8, **STAGES, "layer_type": "basic"}),
+    "swin": ("Swin", WINDOWS),
+    "swinv2": ("Swinv2", WINDOWS),
+    "tipsv2_vision_model": ("Tipsv2Vision", PLAIN),
+    "vitdet": ("VitDet", PLAIN),
+}
+TIMM_BACKBONES = {"timm resnet": "test_resnet", "timm efficientnet": "test_efficientnet", "timm vit": "test_vit"}
+TIMM_BACKBONES |= {"timm convnext": "test_convnext", "timm maxvit": "test_maxvit"}  # tiny networks of timm's own tests
+
+
+def bare_backbone(family, folder):
+    """Save a tiny bare backbone as it would be published, with its image processor, and return the network."""
+    if family in TIMM_BACKBONES:
+        return _bare_timm(TIMM_BACKBONES[family], folder)
+    name, settings = BACKBONES[family]
+    config = getattr(transformers, f"{name}Config")(**settings)
+    network = transformers.AutoModel.from_config(config)
+    network.save_pretrained(folder)
+    transformers.ViTImageProcessor(image_mean=[0.1, 0.2, 0.3]).save_pretrained(folder)
+    return network
+
+
+def _bare_timm(architecture, folder):
+    timm = pytest.importorskip("timm", reason="needs the extra `timm`")
+    network = timm.create_model(architecture)
+    timm.models.save_for_hf(network, folder, safe_serialization=True)
+    return network

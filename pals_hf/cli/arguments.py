@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 
+from ..backbones import HEADS
 from ..data import load_segmentation_dataset
 from ..data.classes import UNLABELLED
 from ..data.fractions import MANIFEST, METHODS
 from ..data.pictures import RGB
 from ..errors import InputError
 from ..options import DATA, EVALUATION, IMAGES, LARGEST, MODEL, MOST_WORKERS, RUN, TRAINING, check_numbers, option
+
+MOST_CHANNELS = 2**14  # of a head: a larger one would only exhaust the memory
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -88,7 +91,7 @@ class DataArguments:
 
     def __post_init__(self):
         limits = {"preprocessing_num_workers": (1, MOST_WORKERS), "early_stopping_patience": (1, LARGEST)}
-        check_numbers(self, {**limits, "validation_share": (0, 1)})
+        check_numbers(self, {**limits, "validation_share": (0, 1), "head_channels": (1, MOST_CHANNELS)})
 
 
 def source_of(args: DataArguments) -> dict[str, Any]:
@@ -118,12 +121,29 @@ class TrainArguments(DataArguments):
 
     recipe: str | None = option(None, RUN, "YAML or JSON file with any of these options.")
     model_name_or_path: str | None = option(
-        None, MODEL, "Checkpoint to start from: a Hub name or folder. Default: a small SegFormer."
+        None,
+        MODEL,
+        "Checkpoint or bare backbone to start from: a Hub name or folder. Default: a small SegFormer.",
+    )
+    head: str | None = option(
+        None,
+        MODEL,
+        "Build a new head: `upernet`, `linear`, `dpt`. Only the backbone of `--model_name_or_path` is used. A bare "
+        "backbone gets `upernet` by itself. A linear head is batch norm and a 1x1 convolution.",
+        choices=HEADS,
+        in_card=True,
+    )
+    head_channels: int | None = option(
+        None,
+        MODEL,
+        "Width of the new head. Default: half of the channels of the backbone's last stage, 64 to 512.",
+        advanced=True,
+        in_card=True,
     )
     from_scratch: bool = option(
         False,
         MODEL,
-        "Use the architecture of `--model_name_or_path` with random weights.",
+        "Draw all weights of the network at random. Only its architecture is that of `--model_name_or_path`.",
         in_card=True,
     )
     output_stride: int | None = option(
@@ -191,6 +211,9 @@ class TrainArguments(DataArguments):
     eval_only: bool = option(False, EVALUATION, "Only score `--model_name_or_path` on the validation split.")
     overwrite: bool = option(False, RUN, "Replace the run in `--output_dir`.")
     license: str | None = option(None, RUN, "License for the model card, like apache-2.0.")
+    given_rates: list[str] = option(
+        [], TRAINING, "Which of the learning rates the command line gives.", command_line=False
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -212,6 +235,8 @@ class TrainArguments(DataArguments):
             raise InputError("eval_only scores a checkpoint: name it by model_name_or_path")
         if self.calibrate and self.eval_only:
             raise InputError("calibrate changes a checkpoint, which eval_only does not. Use `pals-hf calibrate`")
+        if self.eval_only and (self.head is not None or self.head_channels is not None):
+            raise InputError("eval_only scores a checkpoint with its own head: leave head and head_channels out")
         if self.from_scratch and (self.eval_only or self.model_name_or_path is None):
             raise InputError("from_scratch needs model_name_or_path, whose architecture it trains, and no eval_only")
 

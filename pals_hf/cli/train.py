@@ -17,12 +17,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import EarlyStoppingCallback, set_seed
 
+from ..backbones import LORA_RATES, is_backbone, published_rates
 from ..checkpoints import is_complete_checkpoint, last_complete_checkpoint
 from ..config import PALSConfig
 from ..data import FractionManifest, SegmentationData, SegmentationStream
@@ -33,6 +34,7 @@ from ..files import atomic_write_text
 from ..hub import push_in_background
 from ..model_card import CardFacts
 from ..models import build_image_processor, build_model
+from ..pretrained import load_config
 from ..run_folder import (
     RESULTS,
     discard_other_run,
@@ -42,12 +44,16 @@ from ..run_folder import (
     refuse_other_run,
     refuse_other_training,
 )
+from ..sizes import size_multiple
 from ..trainer import PALSTrainer
 from .arguments import TrainArguments
 from .ending import is_main_process, leave, one_line
 from .parser import OptionParser, with_recipe
 from .report import SKIPPED, load_finished, report
-from .train_data import build_datasets, build_streams, load_data, scale_data
+from .train_data import build_datasets, build_streams, fit_sizes, load_data, scale_data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # PALSConfig's default is for pretrained backbones.
 LEARNING_RATE_OF_RANDOM_WEIGHTS = 2e-3
@@ -113,9 +119,32 @@ def parse_arguments(argv: list[str], arguments: type[TrainArguments]) -> tuple[T
     refuse_other_tasks(args, config, parser, argv)
     if config.learning_rate == 0 and not args.eval_only:  # in Python, it may be a probe
         raise InputError("learning_rate must be positive, got 0: the network would stay as it is")
-    if args.has_random_weights and not parser.is_given("learning_rate", argv):
+    args.given_rates = [name for name in ("learning_rate", "head_lr_multiplier") if parser.is_given(name, argv)]
+    if args.has_random_weights and "learning_rate" not in args.given_rates:
         config.learning_rate = LEARNING_RATE_OF_RANDOM_WEIGHTS
     return args, config
+
+
+def use_published_rates(args: TrainArguments, config: PALSConfig, model: PreTrainedModel) -> None:
+    """Use the learning rates of a published recipe for adapters or a new head, unless the command line gives them."""
+    if args.has_random_weights or config.freeze_backbone:
+        return
+    rates = None
+    if config.lora_rank is not None:
+        rates = LORA_RATES
+    elif args.head is not None or is_backbone(load_config(args.model_name_or_path)):
+        rates = published_rates(model.config)
+    if rates is None or len(args.given_rates) == 2:
+        return
+    for name in ("learning_rate", "head_lr_multiplier"):
+        if name not in args.given_rates:
+            setattr(config, name, getattr(rates, name))
+    if is_main_process():
+        print(
+            f"note: learning_rate {config.learning_rate:g} and head_lr_multiplier {config.head_lr_multiplier:g}, from "
+            f"{rates.source}",
+            file=sys.stderr,
+        )
 
 
 def refuse_other_tasks(args: TrainArguments, config: PALSConfig, parser: OptionParser, argv: list[str]) -> None:
@@ -182,7 +211,10 @@ def build_trainer(
         model, processor = load_finished(args.model_name_or_path, data.id2label, "cpu")
     else:
         name = args.model_name_or_path
-        model = build_model(name, data.id2label, args.output_stride, args.from_scratch, args.channels)
+        shape = (args.output_stride, args.from_scratch, args.channels, args.head, args.head_channels)
+        model = build_model(name, data.id2label, *shape)
+        use_published_rates(args, config, model)
+        fit_sizes(args, config, data, size_multiple(model.config))
         processor = build_image_processor(name, args.image_size, getattr(data, "scaling", None))
     callbacks = []
     if args.early_stopping_patience is not None:

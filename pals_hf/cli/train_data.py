@@ -31,6 +31,7 @@ from ..data.scaling import Scaling, scale_pictures
 from ..errors import InputError
 from ..functional import PADDING_INDEX
 from ..pretrained import load_processor
+from ..sizes import nearest_multiple
 from .arguments import TrainArguments, read_data, source_of
 from .ending import is_main_process
 
@@ -157,6 +158,49 @@ def check_for_calibration(images: Dataset) -> None:
         problem = "shows fewer than two classes"
     if problem:
         raise InputError(f"calibrate needs more than this validation split, which {problem}. Leave calibrate out")
+
+
+def fit_sizes(
+    args: TrainArguments, config: PALSConfig, data: SegmentationData | SegmentationStream, multiple: int
+) -> None:
+    """Round the sizes that a network with patches sees to the nearest multiples of its patch size.
+
+    Without an image size, images of one size are resized to the nearest multiples. The image processor that is saved
+    resizes in the same way, so training, evaluation and `pipeline` see the same images.
+
+    Raises:
+        InputError: there is no image size, and the images differ in size or are streamed.
+    """
+    if multiple == 1:
+        return
+    if args.image_size is None:
+        args.image_size = _size_of_all(data, multiple)
+    for options, name in ((args, "image_size"), (args, "crop_size"), (config, "eval_window")):
+        size = getattr(options, name)
+        rounded = size and nearest_multiple(size, multiple)
+        if rounded != size:
+            setattr(options, name, rounded)
+            if is_main_process():
+                print(
+                    f"note: {name} {rounded[0]} {rounded[1]}, not {size[0]} {size[1]}: the network needs multiples of "
+                    f"its patch size, {multiple} pixels",
+                    file=sys.stderr,
+                )
+
+
+def _size_of_all(data: SegmentationData | SegmentationStream, multiple: int) -> list[int] | None:
+    """Return the size that all images have, or None if they differ but all of them are multiples."""
+    need = f"the network needs images whose sides are multiples of its patch size, {multiple} pixels"
+    if isinstance(data, SegmentationStream):
+        raise InputError(f"{need}, and the sizes in a stream are not known beforehand: choose an image_size")
+    masks = (row["labels"] for split in (data.train, data.validation) for row in split.select_columns("labels"))
+    sizes = {(mask.height, mask.width) for mask in masks}
+    if all(side % multiple == 0 for size in sizes for side in size):
+        return None
+    if len(sizes) > 1:
+        height, width = nearest_multiple(min(sizes), multiple)
+        raise InputError(f"{need}. Your images differ in size: choose one, for example --image_size {height} {width}")
+    return list(sizes.pop())
 
 
 def build_datasets(

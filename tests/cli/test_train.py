@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from architectures import bare_backbone
 from conftest import RAW_VOID, tiny_mobilenet_v2, tiny_segformer
 from launching import call, launch
 from PIL import Image
@@ -27,6 +28,7 @@ from pals_hf.cli.arguments import TrainArguments
 from pals_hf.cli.ending import fail
 from pals_hf.data import FractionManifest, draw_ids
 from pals_hf.errors import InputError
+from pals_hf.models import build_model
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "run_seg_pals.py"
@@ -314,10 +316,11 @@ class TestRecipes:
         folder = tmp_path_factory.mktemp("checkpoints")
         for name, network in {"segformer": tiny_segformer(), "deeplab": tiny_mobilenet_v2()}.items():
             network.save_pretrained(folder / name)
+        bare_backbone("dinov2", folder / "dinov2")
         return folder
 
     @pytest.mark.parametrize("loss", ["ce", "pals"])
-    @pytest.mark.parametrize("network", ["segformer", "deeplab"])
+    @pytest.mark.parametrize("network", ["segformer", "deeplab", pytest.param("dinov2", marks=pytest.mark.slow)])
     @pytest.mark.parametrize("name", ["cityscapes", "voc2012"])
     def test_trains_and_scores(self, name, network, loss, checkpoints, tmp_path):
         getattr(data_sets, name)(tmp_path / "data")
@@ -325,6 +328,7 @@ class TestRecipes:
         small = ["--crop_size", "32", "32", "--per_device_train_batch_size", "2", "--dataloader_num_workers", "0"]
         small += ["--max_steps", "1", "--warmup_steps", "0", "--eval_window", "32", "32", "--bf16", "False"]
         model = ["--model_name_or_path", str(checkpoints / network), "--loss", loss]
+        small += ["--image_size", "32", "64"] if network == "dinov2" else []
         output = tmp_path / "run"
         command = ["--recipe", recipe, "--dataset_dir", tmp_path / "data", "--train_fraction", "0.5", *model, *small]
         train.main([*map(str, command), "--output_dir", str(output), "--disable_tqdm", "True"])
@@ -340,6 +344,66 @@ class TestRecipes:
         assert args.crop_size == config.eval_window
         assert config.lr_scheduler_kwargs["lr_end"] == 0
         assert f"--recipe examples/recipes/{path.name}" in path.read_text()
+
+
+class TestBackbones:
+    """A bare backbone of patches of 8x8 pixels, by its name alone."""
+
+    @pytest.fixture
+    def bare(self, tmp_path):
+        bare_backbone("dinov2", tmp_path / "bare")
+        return ["--model_name_or_path", str(tmp_path / "bare")]
+
+    def test_with_a_linear_head_and_adapters(self, bare, folder, tmp_path, capsys):
+        pytest.importorskip("peft", reason="needs the extra `lora`")
+        output = tmp_path / "run"
+        flags = ["--head", "linear", "--lora_rank", "2", "--image_size", "30", "50", "--crop_size", "33", "32"]
+        train.main(on_folder(folder, output, *bare, *flags, *SHORT))
+        said = capsys.readouterr().err
+        assert "note: image_size 32 48, not 30 50: the network needs multiples of its patch size, 8 pixels" in said
+        assert "note: crop_size 32 32, not 33 32" in said
+        assert "note: learning_rate 0.0005 and head_lr_multiplier 1, from peft's example" in said
+        assert read(output / "preprocessor_config.json")["size"] == {"height": 32, "width": 48}
+        network, info = AutoModelForSemanticSegmentation.from_pretrained(output, output_loading_info=True)
+        assert not any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+        assert network.decode_head.in_channels == [16]
+        card = read(output / "model_card.json")["settings"]
+        assert (card["head"], card["lora_rank"]) == ("linear", 2)
+
+    def test_images_of_several_sizes(self, bare, folder, tmp_path, capsys):
+        for path in (folder / "val").rglob("alley-0.*"):
+            Image.open(path).crop((0, 0, 44, 30)).save(path)
+        with pytest.raises(SystemExit):
+            train.main(on_folder(folder, tmp_path / "run", *bare, *SHORT))
+        said = capsys.readouterr().err
+        assert "Your images differ in size: choose one, for example --image_size 32 48" in said
+        assert not (tmp_path / "run").exists()
+
+    def test_images_of_one_size(self, bare, folder, tmp_path, capsys):
+        for path in folder.rglob("*.???"):
+            Image.open(path).crop((0, 0, 44, 30)).save(path)
+        args, config = train.parse_arguments(on_folder(folder, tmp_path / "run", *bare, *SHORT), TrainArguments)
+        trainer = train.build_trainer(args, config, *train.load_data(args))
+        assert args.image_size == [32, 48]
+        assert trainer.train_dataset[0]["pixel_values"].shape == (3, 32, 48)
+        assert trainer.eval_dataset[0]["pixel_values"].shape == (3, 32, 48)
+        assert "note: image_size 32 48, not 30 44" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("flags", "rates"),
+        [
+            ([], (5e-6, 40.0)),
+            (["--learning_rate", "1e-3"], (1e-3, 40.0)),
+            (["--learning_rate", "2e-4", "--head_lr_multiplier", "5"], (2e-4, 5.0)),
+            (["--freeze_backbone", "True"], (2e-4, 5.0)),
+            (["--from_scratch", "True"], (2e-3, 5.0)),
+        ],
+    )
+    def test_learn_at_published_rates(self, flags, rates, bare, folder, tmp_path, capsys):
+        args, config = train.parse_arguments(on_folder(folder, tmp_path, *bare, *flags), TrainArguments)
+        train.use_published_rates(args, config, build_model(bare[1], dict(enumerate("abcd"))))
+        assert (config.learning_rate, config.head_lr_multiplier) == rates
+        assert ("from UniMatch V2" in capsys.readouterr().err) == (40.0 in rates)
 
 
 class Broken(Dataset):
