@@ -30,9 +30,9 @@ HEADS = [(family, "upernet") for family in (*BACKBONES, *TIMM_BACKBONES)]
 HEADS += [(family, "linear") for family in ("dinov2", "dinov3_vit", "swin", "resnet", "timm efficientnet", "timm vit")]
 HEADS += [(family, "dpt") for family in ("dinov2", "dinov2_with_registers", "tipsv2_vision_model")]
 # One of each kind is quick: a plain transformer, windows, stages of convolutions, and of timm.
-QUICK = {("dinov2", head) for head in ("upernet", "linear", "dpt")} | {("dinov2_with_registers", "dpt")}
+QUICK = {("dinov2", head) for head in ("upernet", "linear", "dpt")}
 QUICK |= {("beit", "upernet"), ("swin", "upernet"), ("convnext", "upernet"), ("resnet", "linear")}
-QUICK |= {("timm efficientnet", "upernet"), ("timm efficientnet", "linear")}
+QUICK |= {("timm efficientnet", "upernet")}
 HEADS = [pytest.param(at, marks=[] if at in QUICK else [pytest.mark.slow], id=", ".join(at)) for at in HEADS]
 
 
