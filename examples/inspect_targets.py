@@ -147,6 +147,8 @@ def inspect(args: TargetArguments) -> list[dict[str, Any]]:
 def read_images(args: TargetArguments) -> tuple[Dataset, dict[int, str]]:
     """Return the images to look at, and the classes of their labels."""
     data = read_data(args, args.skip_bad_samples)
+    if data.depth is not None:
+        raise InputError(f"this program reads images of 8 bits and 3 channels, but the images have {data.depth}")
     if args.tuning_ids is not None or args.tuning_share is not None:
         data = hold_out(
             data,

@@ -85,6 +85,8 @@ class StudyArguments(TrainArguments):
         return "held-out training" if is_held_out else super().split
 
     def hold_out(self, data: SegmentationData) -> SegmentationData:
+        if self.temperature_share is not None and data.depth is not None:
+            raise InputError(f"temperature_share is for images of 8 bits, but the images have {data.depth}")
         if self.temperature_share is not None:
             rest = hold_out(
                 data, share=self.temperature_share, seed=self.validation_seed, skip_bad_samples=self.skip_bad_samples
