@@ -99,14 +99,14 @@ class PALSConfig(TrainingArguments):
     loss: str = option(
         "pals",
         LOSS,
-        "Training loss: `pals`, `self_distillation` (PALS without comparing pixels), `ce` (cross-entropy), "
-        "`label_smoothing`, `focal` or `margin` (margin-based label smoothing).",
+        "Training loss: `pals`, `self_distillation`, `ce`, `label_smoothing`, `focal` or `margin`. Self-distillation "
+        "is PALS without comparing pixels, ce is cross-entropy, and margin is margin-based label smoothing.",
         choices=LOSSES,
     )
     preset: str = option(
         "default",
         LOSS,
-        "Settings of PALS that the next options change: `default` or `paper`.",
+        "Settings of PALS: `default` or `paper`.",
         choices=tuple(PRESETS),
     )
     beta: float | None = option(

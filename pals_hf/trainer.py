@@ -376,9 +376,10 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
         self._check_labels(batch["labels"])
 
     def _check_size(self, batch: dict[str, Any]) -> None:
-        refuse_size(self.model.config, batch["pixel_values"][0].shape[-2:], "a crop")
         if any(isinstance(batch[name], list) for name in batch.keys() - {ID}):
             raise InputError("the images of a training batch differ in size. Crop them to one size in the transform")
+        if "pixel_values" in batch:
+            refuse_size(self.model.config, batch["pixel_values"].shape[-2:], "a crop")
 
     def _check_labels(self, labels: Tensor) -> None:
         """Check the labels of the first batch. On a GPU, a wrong label would end in a failed assertion."""

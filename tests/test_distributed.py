@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parent / "train_steps.py"
 CUTS = {1: ["8x1", "2x4"], 2: ["4x1", "2x2"]}  # processes: batch size x accumulation
 FSDP = Path(__file__).parents[1] / "examples" / "accelerate_configs" / "fsdp2.yaml"
 RUNS = [f"{network}, {loss}" for network in ("segformer", "upernet") for loss in ("pals", "ce", "label smoothing")]
-RUNS += ["segformer, pals, every option", "upernet, auxiliary head, pals"]
+RUNS += ["segformer, focal", "segformer, pals, every option", "upernet, auxiliary head, pals"]
 
 
 @pytest.fixture(scope="module")

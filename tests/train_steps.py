@@ -32,7 +32,6 @@ LOSSES = {
     "ce": {"loss": "ce"},
     "label smoothing": {"loss": "label_smoothing"},
     "focal": {"loss": "focal"},
-    "margin": {"loss": "margin", "margin": 0.5},
     "pals, every option": {
         "affinity": {"pairs": "same_class", "include_self": False, "unlabeled_keys": False, "source": "encoder"},
         "distill_unlabeled": True,
@@ -45,7 +44,12 @@ NETWORKS = {
     "upernet, auxiliary head": lambda: tiny_upernet(**AUXILIARY, auxiliary_in_channels=16),
 }
 RUNS = [(network, loss) for network in ("segformer", "upernet") for loss in ("pals", "ce", "label smoothing")]
-RUNS += [("segformer", "pals, every option"), ("segformer", "pals, few keys"), ("upernet, auxiliary head", "pals")]
+RUNS += [
+    ("segformer", "focal"),
+    ("segformer", "pals, every option"),
+    ("segformer", "pals, few keys"),
+    ("upernet, auxiliary head", "pals"),
+]
 STEPS = 3
 IS_SHARDED = os.environ.get("ACCELERATE_USE_FSDP") == "true"
 

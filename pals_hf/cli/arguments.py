@@ -53,12 +53,14 @@ class DataArguments:
         "Pixels outside of all polygons of annotations: `background`, a class, or `void`, no label. Default: "
         "`background`.",
         choices=UNLABELLED,
+        advanced=True,
         in_card=True,
     )
     channels: int = option(
         3,
         DATA,
         "Number of bands of the images, and of channels of the network. With 3, grey images are read too.",
+        advanced=True,
         in_card=True,
     )
     validation_share: float = option(
@@ -156,7 +158,7 @@ class TrainArguments(DataArguments):
     train_fraction: float | None = option(
         None, IMAGES, "Share of the training images to train on. Default: all of them."
     )
-    train_count: int | None = option(None, IMAGES, "Number of training images to train on, instead of a share.")
+    train_count: int | None = option(None, IMAGES, "Number of training images, instead of a share.")
     train_manifest: str | None = option(
         None, IMAGES, f"File with the images to train on: {MANIFEST} of another run, or a list."
     )
@@ -204,7 +206,7 @@ class TrainArguments(DataArguments):
     calibrate: bool = option(
         False,
         EVALUATION,
-        "After training, calibrate the checkpoint on the validation images: fit one temperature, and fold it into the "
+        "Calibrate the trained network on the validation images. One temperature is fitted, and folded into the "
         "classifier. The predicted classes stay the same.",
         in_card=True,
     )

@@ -22,7 +22,8 @@ def test_what_is_installed():
     name, _, target = config["options.entry_points"]["console_scripts"].strip().partition(" = ")
     assert name == "pals-hf"
     assert EntryPoint(name, target, "console_scripts").load() is cli.main
-    subpackages = {f"pals_hf.{path.parent.name}" for path in (ROOT / "pals_hf").glob("*/__init__.py")}
+    folders = (path.parent.relative_to(ROOT) for path in (ROOT / "pals_hf").rglob("*/__init__.py"))
+    subpackages = {".".join(folder.parts) for folder in folders}
     elsewhere = dict(line.split(" = ") for line in config["options"]["package_dir"].strip().splitlines())
     assert all((ROOT / folder / "__init__.py").is_file() for folder in elsewhere.values())
     assert set(config["options"]["packages"].split()) == {"pals_hf", *subpackages, *elsewhere}
