@@ -83,6 +83,16 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _environment_of_accelerate():
+    """What Accelerate writes there, like ACCELERATE_USE_FSDP, would reach the processes that later tests start."""
+    before = set(os.environ)
+    yield
+    for name in set(os.environ) - before:
+        if name.startswith("ACCELERATE_"):
+            del os.environ[name]
+
+
 @pytest.fixture(params=ARCHITECTURES)
 def any_model(request):
     return ARCHITECTURES[request.param]()
