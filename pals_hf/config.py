@@ -14,7 +14,7 @@ from .data.balance import WEIGHTINGS
 from .errors import InputError
 from .functional import PADDING_INDEX, Affinity
 from .losses import PRESETS
-from .options import EVALUATION, LARGEST, LOSS, MOST_WORKERS, TRAINING, check_numbers, option
+from .options import EVALUATION, LARGEST, LOSS, MOST_WORKERS, TRAINING, check_numbers, check_size, option
 
 LOSSES = ("pals", "self_distillation", "ce", "label_smoothing", "focal", "margin")
 ERRORS = ("loss", "ece", "brier")  # endings of the metrics of which less is better
@@ -293,8 +293,7 @@ class PALSConfig(TrainingArguments):
         for name in ("beta", "smoothing"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.eval_window is not None and (len(self.eval_window) != 2 or min(self.eval_window) < 1):
-            raise InputError(f"eval_window must be two positive numbers, height and width, got {self.eval_window}")
+        check_size("eval_window", self.eval_window)
         if not 0.0 <= self.eval_overlap < 1.0:
             raise InputError(f"eval_overlap must lie in [0, 1), got {self.eval_overlap}")
         if self.max_steps < 1 and self.max_steps != -1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import MISSING, field, fields
 from typing import Any
 
@@ -35,6 +36,16 @@ def option(default: Any, group: str, text: str, **metadata: Any) -> Any:
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=about)
     return field(default=default, metadata=about)
+
+
+def check_size(name: str, size: Sequence[int] | None) -> None:
+    """Refuse a size that is not two positive numbers. None is no size.
+
+    Raises:
+        InputError: the message names the option.
+    """
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise InputError(f"{name} must be two positive numbers, height and width, got {size}")
 
 
 LARGEST = 2**31 - 1  # of an integer: torch and numpy reject many of those above with an error of their own

@@ -25,7 +25,7 @@ from .models import classifier_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NUM_PIXELS = 2**18  # that a temperature is fitted to; more of them would change its third digit
+NUM_PIXELS = 2**18  # that a temperature is fitted to, whose logits are kept in memory
 RANGE = (0.05, 20.0)  # of temperatures
 SAME = 1e-3  # how far a temperature may be from 1 to change nothing
 

@@ -564,7 +564,16 @@ class PALSTrainer(PreemptibleTrainer, PublishingTrainer):
         for buffer in self.model.buffers():
             broadcast(buffer)  # those of the main process are saved
         scorer = Scorer(self.model, self.args.ignore_index, self.args.eval_window, self.args.eval_overlap)
-        result = broadcast_object_list([scorer.calibrate(images)])[0]
+        # One process decides for all: rounding must not give another one a temperature, or an error, of its own.
+        result: Any = None
+        if self.is_world_process_zero():
+            try:
+                result = scorer.calibrate(images)
+            except InputError as error:
+                result = error
+        result = broadcast_object_list([result])[0]
+        if isinstance(result, InputError):
+            raise result
         if result.has_effect:
             fold_temperature(self.model, result.temperature, images[0]["pixel_values"][None].to(self.args.device))
         metrics = result.metrics(self.card_facts.split)

@@ -13,15 +13,27 @@ from ..data.classes import UNLABELLED
 from ..data.fractions import MANIFEST, METHODS
 from ..data.pictures import RGB
 from ..errors import InputError
-from ..options import DATA, EVALUATION, IMAGES, LARGEST, MODEL, MOST_WORKERS, RUN, TRAINING, check_numbers, option
-
-MOST_CHANNELS = 2**14  # of a head: a larger one would only exhaust the memory
+from ..options import (
+    DATA,
+    EVALUATION,
+    IMAGES,
+    LARGEST,
+    MODEL,
+    MOST_WORKERS,
+    RUN,
+    TRAINING,
+    check_numbers,
+    check_size,
+    option,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..data import SegmentationData
     from ..trainer import PALSTrainer
+
+MOST_CHANNELS = 2**14  # of a head: a larger one would only exhaust the memory
 
 
 @dataclass
@@ -220,9 +232,7 @@ class TrainArguments(DataArguments):
     def __post_init__(self):
         super().__post_init__()
         for name in ("image_size", "crop_size"):
-            size = getattr(self, name)
-            if size is not None and (len(size) != 2 or min(size) < 1):
-                raise InputError(f"{name} must be two positive numbers, height and width, got {size}")
+            check_size(name, getattr(self, name))
         if len(self.scale_range) != 2 or not 0 < self.scale_range[0] <= self.scale_range[1]:
             raise InputError(f"scale_range must be two positive numbers, low and high, got {self.scale_range}")
         for name in ("color_jitter", "rare_crop", "copy_paste"):

@@ -29,7 +29,7 @@ from ..errors import InputError
 from ..files import atomic_write_text, read_json, refuse_unwritable
 from ..metrics import nan_to_none
 from ..model_card import CARD_DATA, CardData, pictures_in
-from ..options import EVALUATION, MODEL, option
+from ..options import EVALUATION, MODEL, check_size, option
 from ..run_folder import RESULTS, lock_output_dir
 from ..temperature import Scorer, fold_temperature
 from .arguments import DataArguments, read_data
@@ -74,8 +74,7 @@ class CalibrationArguments(DataArguments):
                 f"{folder} is not the folder of a trained model: it has no {CONFIG_NAME}. A model on the Hub can be "
                 f"fetched with `hf download {folder} --local-dir FOLDER`"
             )
-        if self.eval_window is not None and (len(self.eval_window) != 2 or min(self.eval_window) < 1):
-            raise InputError(f"eval_window must be two positive numbers, height and width, got {self.eval_window}")
+        check_size("eval_window", self.eval_window)
 
 
 @one_line()
@@ -130,8 +129,10 @@ def images_of(data: SegmentationData, split: str, folder: Path) -> Dataset:
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """Replace the weights and the config of a folder, each file atomically. A kill in between harms nothing:
-    the program can be run again."""
+    """Replace the weights and the config of a folder, each file atomically, the config last.
+
+    After a kill in between, the network is calibrated, but its folder does not say so.
+    """
     with _new_folder(folder / _UNFINISHED) as unfinished:
         model.save_pretrained(unfinished)
         files = sorted(unfinished.iterdir(), key=lambda file: file.name == CONFIG_NAME)  # the config says it is done

@@ -43,6 +43,7 @@ from ..data.scaling import Scaling
 from ..errors import InputError, first_line
 from ..files import make_folder, read_json, refuse_unwritable, walk, write_result
 from ..inference import Prediction, load_for_inference, predict, read_pictures
+from ..options import check_size
 from ..pretrained import load_processor
 from ..visualize import heat_map, index_picture, overlay
 from .ending import one_line
@@ -113,8 +114,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="Device of the model, like cpu or cuda:1. Default: a GPU if there is one.")
     parser.add_argument("--overwrite", action="store_true", help="Replace earlier predictions in --output_dir.")
     args = parser.parse_args(argv)
-    if args.window is not None and min(args.window) < 1:
-        raise InputError(f"window must be two positive numbers, height and width, got {args.window}")
+    check_size("window", args.window)
     if not 0.0 <= args.overlap < 1.0:
         raise InputError(f"overlap must lie in [0, 1), got {args.overlap}")
     if args.batch_size < 1:

@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .fused import is_labelled, pixel_weights, tiles
-from .soft_labels import count_pixels
+from .soft_labels import check_inputs, divisors
 
 # From logits `(B, C, R, S)` and classes `(B, R, S)` to named terms `(B, R, S)` of a loss.
-PixelLoss = Callable[[Tensor, Tensor], dict[str, Tensor]]
+LossTerms = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
 def mean_over_pixels(
-    pixel_loss: PixelLoss,
+    pixel_loss: LossTerms,
     logits: Tensor,
     labels: Tensor,
     ignore_index: int = 255,
@@ -43,13 +43,12 @@ def mean_over_pixels(
     Returns:
         The loss, a float32 scalar with a first-order gradient, and its terms by name, detached. A batch without a
         labelled pixel gives 0.
+
+    Raises:
+        ValueError: shapes do not fit.
     """
-    if class_weights is not None:
-        class_weights = class_weights.to(logits.device, torch.float32)
-    if num_items is None:
-        num_items = count_pixels(labels, ignore_index, class_weights=class_weights)
-    count = torch.as_tensor(num_items, device=logits.device).flatten()[0]
-    count = torch.where(count > 0, count, 1).float()
+    class_weights = check_inputs(logits, labels, class_weights)
+    count = divisors(labels, ignore_index, False, num_items, class_weights).to(logits.device)[0]
     with torch.autocast(logits.device.type, enabled=False):
         loss, parts = _TiledPixelLoss.apply(logits, labels, pixel_loss, ignore_index, class_weights)
     return loss / count, {name: value / count for name, value in parts.items()}

@@ -110,11 +110,7 @@ def soft_label_cross_entropy(
         >>> soft_label_cross_entropy(logits, labels, logits.softmax(dim=1), beta=0.3).ndim
         0
     """
-    if logits.ndim != 4 or labels.ndim != 3 or logits.shape[0] != labels.shape[0]:
-        raise ValueError(
-            "logits and labels must be (B, C, h, w) and (B, H, W), "
-            f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
-        )
+    class_weights = check_inputs(logits, labels, class_weights)
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta must lie in [0, 1], got {beta}")
     if aggregated is None and beta > 0.0:
@@ -122,12 +118,7 @@ def soft_label_cross_entropy(
     if aggregated is not None and aggregated.shape != logits.shape:
         raise ValueError(f"aggregated {tuple(aggregated.shape)} must have the shape of logits {tuple(logits.shape)}")
 
-    if class_weights is not None:
-        if class_weights.shape != logits.shape[1:2]:
-            raise ValueError(f"class_weights must be {logits.shape[1]} numbers, got {tuple(class_weights.shape)}")
-        class_weights = class_weights.to(logits.device, torch.float32)
-    counts = _pixel_counts(labels, ignore_index, distill_unlabeled, num_items, class_weights).to(logits.device)
-    counts = torch.where(counts > 0, counts, 1).float()
+    counts = divisors(labels, ignore_index, distill_unlabeled, num_items, class_weights).to(logits.device)
     one_hot_weight = (1.0 - (0.0 if aggregated is None else beta)) / counts[0]
     soft_weight = beta / counts[0]
     unlabeled_weight = beta / counts[1] if distill_unlabeled and aggregated is not None else None
@@ -174,21 +165,40 @@ def count_pixels(
     return torch.stack([per_class.to(dtype) @ weights, unlabeled.to(dtype)])
 
 
-def _pixel_counts(
+def check_inputs(logits: Tensor, labels: Tensor, class_weights: Tensor | None) -> Tensor | None:
+    """Check the shapes that a loss is given, and return the class weights in float32 beside the logits.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if logits.ndim != 4 or labels.ndim != 3 or logits.shape[0] != labels.shape[0]:
+        raise ValueError(
+            "logits and labels must be (B, C, h, w) and (B, H, W), "
+            f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+    if class_weights is None:
+        return None
+    if class_weights.shape != logits.shape[1:2]:
+        raise ValueError(f"class_weights must be {logits.shape[1]} numbers, got {tuple(class_weights.shape)}")
+    return class_weights.to(logits.device, torch.float32)
+
+
+def divisors(
     labels: Tensor,
     ignore_index: int,
     distill_unlabeled: bool,
     num_items: Tensor | int | None,
     class_weights: Tensor | None,
 ) -> Tensor:
+    """Return what a loss divides its sums by, float32: `num_items` or [`count_pixels`], and 1 instead of 0."""
     if num_items is None:
-        return count_pixels(labels, ignore_index, distill_unlabeled, class_weights)
+        num_items = count_pixels(labels, ignore_index, distill_unlabeled, class_weights)
     counts = torch.as_tensor(num_items).flatten()
     if distill_unlabeled and counts.numel() != 2:
         raise ValueError(
             f"with distill_unlabeled num_items must be two numbers, of labelled and unlabelled pixels, got {num_items}"
         )
-    return counts
+    return torch.where(counts > 0, counts, 1).float()
 
 
 def _soft_label_sums(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import Affinity, count_pixels
+from ..functional.pixel_losses import mean_over_pixels
 
 
 class LossOutput(NamedTuple):
@@ -72,3 +73,30 @@ class SegmentationLoss(nn.Module):
     def count(self, labels: Tensor) -> Tensor:
         """Return the `num_items` of some labels, to be summed over the parts of a larger batch: [`count_pixels`]."""
         return count_pixels(labels, self.ignore_index, self.distill_unlabeled, self.class_weights)
+
+
+class PixelLoss(SegmentationLoss):
+    """A loss of single pixels, averaged over the labelled ones: a subclass says what a pixel costs."""
+
+    def of_pixels(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Return the named terms `(B, R, S)` of the loss of each pixel, which add up to it.
+
+        Args:
+            logits: `(B, C, R, S)`, float32, at the resolution of the labels.
+            target: `(B, R, S)`, int64, a class at every pixel.
+        """
+        raise NotImplementedError
+
+    def compute(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        features: Tensor | None = None,
+        num_items: Tensor | int | None = None,
+        *,
+        resize: Callable[[Tensor], Tensor] | None = None,
+    ) -> LossOutput:
+        logits = logits if resize is None else resize(logits)
+        return LossOutput(
+            *mean_over_pixels(self.of_pixels, logits, labels, self.ignore_index, num_items, self.class_weights)
+        )

@@ -1,18 +1,18 @@
 """Focal loss: a loss on single pixels that calibrates, with which papers on calibration compare."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..functional.pixel_losses import mean_over_pixels
-from .base import LossOutput, SegmentationLoss
+from .base import PixelLoss
 
 
-class FocalLoss(SegmentationLoss):
+class FocalLoss(PixelLoss):
     """Cross-entropy that pixels weigh less in the more certain they are of their label, averaged over labelled pixels.
 
     `L = mean over labelled pixels u of -(1 - p_u)^gamma log p_u`, with `p_u = softmax(up(z)_u)[y_u]`. With `gamma=0`
-    this is cross-entropy. Lin et al. proposed it for detection; Mukhoti et al. found that it calibrates, and use 3.
+    this is cross-entropy. Lin et al. proposed it for detection, and Mukhoti et al. for calibration. The default of
+    gamma is that of the code of margin-based label smoothing, which compares with it ([`MarginLoss`]).
 
     Args:
         gamma: how much less certain pixels weigh, at least 0.
@@ -44,21 +44,7 @@ class FocalLoss(SegmentationLoss):
             raise ValueError(f"gamma must be at least 0, got {gamma}")
         self.gamma = gamma
 
-    def compute(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        features: Tensor | None = None,
-        num_items: Tensor | int | None = None,
-        *,
-        resize: Callable[[Tensor], Tensor] | None = None,
-    ) -> LossOutput:
-        logits = logits if resize is None else resize(logits)
-        return LossOutput(
-            *mean_over_pixels(self._of_pixels, logits, labels, self.ignore_index, num_items, self.class_weights)
-        )
-
-    def _of_pixels(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def of_pixels(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         log_p = logits.log_softmax(dim=1).gather(1, target.unsqueeze(1)).squeeze(1)
         # 1 - p in a form that keeps its gradient finite where p rounds to 1, and whose power has one at 0.
         rest = (-log_p.expm1()).clamp(min=1e-12)

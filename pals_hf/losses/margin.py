@@ -1,15 +1,14 @@
 """Margin-based label smoothing: a penalty on large logits, with which papers on calibration compare."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional.pixel_losses import mean_over_pixels
-from .base import LossOutput, SegmentationLoss
+from .base import PixelLoss
 
 
-class MarginLoss(SegmentationLoss):
+class MarginLoss(PixelLoss):
     """Cross-entropy and a penalty on logits far below the largest one, averaged over labelled pixels.
 
     `L = mean over labelled pixels u of -log p_u + weight / C sum_c max(0, max_k up(z)_uk - up(z)_uc - margin)`, with
@@ -47,21 +46,7 @@ class MarginLoss(SegmentationLoss):
             raise ValueError(f"margin and weight must be at least 0, got {margin} and {weight}")
         self.margin, self.weight = margin, weight
 
-    def compute(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        features: Tensor | None = None,
-        num_items: Tensor | int | None = None,
-        *,
-        resize: Callable[[Tensor], Tensor] | None = None,
-    ) -> LossOutput:
-        logits = logits if resize is None else resize(logits)
-        return LossOutput(
-            *mean_over_pixels(self._of_pixels, logits, labels, self.ignore_index, num_items, self.class_weights)
-        )
-
-    def _of_pixels(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def of_pixels(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         below = logits.amax(dim=1, keepdim=True) - logits
         penalty = F.relu(below - self.margin).mean(dim=1)
         return {"one_hot": F.cross_entropy(logits, target, reduction="none"), "margin": self.weight * penalty}

@@ -1,6 +1,7 @@
 """Trainings and predictions on deep pictures, as users start them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from trained import NAMES, enliven
 from transformers import AutoModelForSemanticSegmentation, pipeline
 
-from pals_hf.cli import export, inspect_data, predict, train
+from pals_hf.cli import calibrate, export, inspect_data, predict, train
 from pals_hf.data import Scaling
 from pals_hf.inference import load_for_inference, read_pictures
 from pals_hf.inference import predict as predict_images
@@ -83,6 +84,22 @@ def test_a_prediction_on_16_bits_is_that_of_pipeline_on_the_converted_files(grey
         assert all(np.array_equal(mask == labels[part["label"]], np.asarray(part["mask"]) > 0) for part in parts)
     raw = segment(str(path))  # what docs/data.md says of it: PIL makes white of nearly everything
     assert any(not np.array_equal(mask == labels[part["label"]], np.asarray(part["mask"]) > 0) for part in raw)
+
+
+def test_a_calibration_on_16_bits_is_that_on_the_converted_files(grey, tmp_path):
+    temperatures = []
+    for name, folder in (("run", "deep"), ("by hand", "converted")):
+        copy = shutil.copytree(grey / name, tmp_path / name)
+        model = AutoModelForSemanticSegmentation.from_pretrained(copy)
+        model.decode_head.classifier.weight.data *= 100  # so that it depends on the picture what is predicted
+        model.decode_head.classifier.bias.data[0] += 3  # the most frequent class
+        model.save_pretrained(copy)
+        ended = call(calibrate.main, "--model_name_or_path", copy, "--dataset_dir", grey / folder)
+        assert ended.returncode == 0, ended.stderr
+        temperatures.append(json.loads((copy / "config.json").read_text())["calibration_temperature"])
+    assert temperatures[0] == temperatures[1] != 1
+    ended = call(calibrate.main, "--model_name_or_path", tmp_path / "run", "--dataset_dir", grey / "converted")
+    assert "was trained on other images" in ended.stderr
 
 
 def test_a_resumed_run_keeps_the_scaling(grey, tmp_path):

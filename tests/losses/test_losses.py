@@ -82,6 +82,14 @@ class TestEveryLoss:
         with pytest.raises(ValueError, match="class_weights must be one number of at least 0 for each class"):
             type(loss)(class_weights=weights)
 
+    def test_refuses_shapes_that_do_not_fit(self, loss, batch):
+        logits, labels, features = batch
+        with pytest.raises(ValueError, match="logits and labels must be"):
+            loss(logits, labels[:1], features)
+        own = {"margin": loss.margin} if isinstance(loss, MarginLoss) else {}
+        with pytest.raises(ValueError, match="class_weights must be 4 numbers"):
+            type(loss)(class_weights=[1.0, 1.0], **own)(logits, labels, features)
+
     def test_says_its_settings(self, loss):
         assert "ignore_index=255" in repr(loss)
 
